@@ -1,0 +1,1 @@
+"""onelayer: sequence models, training and experiments on equilibria."""
