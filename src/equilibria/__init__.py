@@ -1,3 +1,42 @@
 """Implicit layers and Deep Equilibrium Models for PyTorch."""
 
+from equilibria import diagnostics, nn
+from equilibria.adjoints import Adjoint, Implicit, OneStep, Phantom, Unrolled
+from equilibria.fixed_point import fixed_point
+from equilibria.linear import GMRES, LinearSolution, LinearSolver
+from equilibria.loop import Iterate
+from equilibria.nn import DEQ, monitor
+from equilibria.norms import max_norm, rms_norm
+from equilibria.solution import AdjointReport, Solution
+from equilibria.solvers import Anderson, Picard, Solver
+from equilibria.status import ConvergenceWarning, SolveError, Status
+
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "DEQ",
+    "GMRES",
+    "Adjoint",
+    "AdjointReport",
+    "Anderson",
+    "ConvergenceWarning",
+    "Implicit",
+    "Iterate",
+    "LinearSolution",
+    "LinearSolver",
+    "OneStep",
+    "Phantom",
+    "Picard",
+    "Solution",
+    "SolveError",
+    "Solver",
+    "Status",
+    "Unrolled",
+    "__version__",
+    "diagnostics",
+    "fixed_point",
+    "max_norm",
+    "monitor",
+    "nn",
+    "rms_norm",
+]

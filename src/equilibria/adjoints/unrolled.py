@@ -1,0 +1,59 @@
+"""Gradients of the iteration itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from equilibria.adjoints.attachment import shield
+from equilibria.adjoints.protocol import Solve
+from equilibria.loop import Outcome
+from equilibria.problem import FixedPoint
+from equilibria.solution import AdjointReport
+from equilibria.status import Failures
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Back-propagation through the very iteration that solved; all orders of derivatives, at a memory that grows.
+
+    >>> a = torch.tensor([[0.5]], requires_grad=True)
+    >>> z = eq.fixed_point(lambda z: a * torch.cos(z), torch.zeros(1, 1), adjoint=eq.Unrolled()).value
+    >>> torch.autograd.grad(z.sum(), a)[0]
+    tensor([[0.7422]])
+
+    It is the gradient of the iterate that was reached, converged or not, also with respect to the start `z0`.
+
+    Args:
+        checkpoint: keep only the states between evaluations, and evaluate `f` again in backward.
+    """
+
+    checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.checkpoint, bool):
+            raise TypeError(f"checkpoint must be True or False, not {self.checkpoint!r}.")
+
+    def attach(
+        self, problem: FixedPoint, solve: Solve, failures: Failures, report: AdjointReport
+    ) -> tuple[Tensor, Outcome]:
+        if self.checkpoint:
+            problem.f = _checkpointed(problem.f)
+        outcome = solve(problem)
+        _, bad, cleaning = shield(outcome)
+        if bad is None:
+            return outcome.z, outcome
+        # Rare: once more, with the samples that met NaN left out of every evaluation's backward.
+        with cleaning:
+            again = solve(problem)
+        return torch.where(bad[:, None], outcome.z.detach(), again.z), outcome
+
+
+def _checkpointed(f: Callable[..., Any]) -> Callable[..., Any]:
+    def evaluate(*inputs: Any) -> Any:
+        return checkpoint(f, *inputs, use_reentrant=False)
+
+    return evaluate

@@ -1,0 +1,139 @@
+"""GMRES."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equilibria.linear.krylov import Basis, Operator
+from equilibria.linear.protocol import LinearSolution
+from equilibria.options import check_integer
+from equilibria.status import Status
+
+
+@dataclass(frozen=True)
+class GMRES:
+    """The generalised minimal residual method, restarted, on a batch of independent systems.
+
+    >>> A = torch.eye(8, dtype=torch.float64) + 0.1 * torch.arange(64.0, dtype=torch.float64).view(8, 8) / 64
+    >>> b = torch.ones(3, 8, dtype=torch.float64)
+    >>> x = eq.GMRES().solve(lambda x: x @ A.T, b, rtol=1e-10, level=1e-15, max_steps=50, agree=bool).x
+    >>> bool(torch.allclose(x @ A.T, b))
+    True
+
+    Fewest products of all methods that use products with A alone, until it restarts. A sample stops on its own: its
+    solution uses the vectors up to there, whatever the others need.
+
+    Args:
+        restart: vectors kept, at least 1; each costs one buffer of the state's size, made when it is needed.
+
+    Source: Saad and Schultz (1986), with Givens rotations accumulated, and two Gram-Schmidt passes.
+    """
+
+    restart: int = 20
+
+    def __post_init__(self) -> None:
+        check_integer("restart", self.restart, 1)
+
+    def solve(
+        self, operator: Operator, b: Tensor, rtol: float, level: float, max_steps: int, agree: Callable[[bool], bool]
+    ) -> LinearSolution:
+        scale = torch.linalg.vector_norm(b, dim=1)
+        x, residual = b, b - operator(b)
+        products = 1
+        size = torch.linalg.vector_norm(residual, dim=1)
+        status = torch.full_like(scale, Status.MAX_STEPS, dtype=torch.int64)
+        status = torch.where(scale == 0, Status.CONVERGED, status)
+        steps = torch.ones_like(status)
+        x = torch.where((scale == 0)[:, None], 0, x)
+        size = torch.where(scale == 0, 0, size)
+        hopeless = torch.zeros_like(scale, dtype=torch.bool)
+        while True:
+            running = status == Status.MAX_STEPS
+            status = torch.where(running & (size <= rtol * scale), Status.CONVERGED, status)
+            status = torch.where(running & ~torch.isfinite(size), Status.NONFINITE, status)
+            running = (status == Status.MAX_STEPS) & ~hopeless
+            if products >= max_steps or not agree(bool(running.any())):
+                break
+            length = min(self.restart, max_steps - products)
+            correction, left, used, broken, count = self._cycle(
+                operator, residual, size, running, rtol * scale, length, agree
+            )
+            products += count
+            if level >= 0.1 * rtol:  # the products themselves are noisy here: only a product at the result tells
+                left = residual - operator(correction)
+                products, used = products + 1, used + 1
+            left_size = torch.linalg.vector_norm(left, dim=1)
+            better = running & (left_size < size)
+            steps = torch.where(running, steps + used, steps)
+            pace = torch.where(better, left_size / size, 1)
+            x = torch.where(better[:, None], x + correction, x)
+            residual = torch.where(better[:, None], left, residual)
+            size = torch.where(better, left_size, size)
+            unmet = running & (size > rtol * scale)
+            status = torch.where(unmet & (pace > 0.5) & (size <= level * scale), Status.STALLED, status)
+            status = torch.where(unmet & broken, Status.NONFINITE, status)
+            # At the pace of this cycle the tolerance is out of reach: leave the rest of the budget to a fallback.
+            hopeless = hopeless | (unmet & (size * pace ** ((max_steps - steps) / length) > rtol * scale))
+        error = torch.where(scale == 0, 0, size / torch.where(scale == 0, 1, scale))
+        return LinearSolution(x, status, steps, error, products)
+
+    def _cycle(
+        self,
+        operator: Operator,
+        residual: Tensor,
+        size: Tensor,
+        running: Tensor,
+        target: Tensor,
+        length: int,
+        agree: Callable[[bool], bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """One Arnoldi cycle: the correction, what residual it leaves, vectors used, where NaN came up, and products."""
+        batch = residual.shape[0]
+        basis = Basis(torch.where((running & (size > 0))[:, None], residual / size[:, None], 0))
+        # rotations @ hessenberg = triangle; the rotations are kept multiplied out, so that a new column costs one
+        # small product.
+        rotations = torch.eye(length + 1, dtype=residual.dtype, device=residual.device).repeat(batch, 1, 1)
+        hessenberg = residual.new_zeros(batch, length + 1, length)
+        triangle = residual.new_zeros(batch, length, length)
+        used = torch.zeros_like(running, dtype=torch.int64)
+        broken = torch.zeros_like(running)
+        for k in range(length):
+            image = torch.where(running[:, None], operator(basis.vectors[:, k]), 0)
+            column, norm = basis.extend(image)
+            hessenberg[:, : k + 1, k] = column
+            hessenberg[:, k + 1, k] = norm
+            rotated = torch.bmm(rotations[:, : k + 1, : k + 1], column[:, :, None])[:, :, 0]
+            pivot = torch.hypot(rotated[:, k], norm)
+            safe = torch.where(pivot > 0, pivot, 1)
+            cosine, sine = torch.where(pivot > 0, rotated[:, k] / safe, 1)[:, None], (norm / safe)[:, None]
+            upper, lower = rotations[:, k].clone(), rotations[:, k + 1].clone()
+            rotations[:, k] = cosine * upper + sine * lower
+            rotations[:, k + 1] = cosine * lower - sine * upper
+            triangle[:, : k + 1, k] = rotated
+            triangle[:, k, k] = pivot
+            broken = broken | (running & ~torch.isfinite(pivot))
+            sound = torch.isfinite(pivot) & (pivot > 0)
+            used = torch.where(running & sound, k + 1, used)
+            running = running & sound & (size * rotations[:, k + 1, 0].abs() > target) & (norm > 0)
+            if not agree(bool(running.any())):
+                break
+        correction, left = self._correct(basis, hessenberg, triangle, rotations, size, used)
+        return correction, left, used, broken, basis.count - 1
+
+    @staticmethod
+    def _correct(
+        basis: Basis, hessenberg: Tensor, triangle: Tensor, rotations: Tensor, size: Tensor, used: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        count = basis.count - 1
+        mine = torch.arange(count, device=used.device) < used[:, None]
+        eye = torch.eye(count, dtype=triangle.dtype, device=triangle.device)
+        square = torch.where(mine[:, :, None] & mine[:, None, :], triangle[:, :count, :count], eye)
+        right = torch.where(mine, size[:, None] * rotations[:, :count, 0], 0)
+        y = torch.linalg.solve_triangular(square, right[:, :, None], upper=True)
+        correction = torch.bmm(y.mT, basis.vectors[:, :count])[:, 0]
+        # What is left follows from the Arnoldi relation, which holds to rounding, without another product.
+        left = -torch.bmm(torch.where(mine[:, None], hessenberg[:, : count + 1, :count], 0), y)
+        left[:, 0, 0] += size
+        return correction, torch.bmm(left.mT, basis.vectors)[:, 0]

@@ -1,0 +1,156 @@
+"""The Deep Equilibrium Model as a layer."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from equilibria.adjoints import Adjoint, Implicit
+from equilibria.fixed_point import WarmStart, check_options, solve
+from equilibria.nn.monitor import record
+from equilibria.norms import Norm, rms_norm
+from equilibria.options import check_callable, check_integer
+from equilibria.solution import Solution
+from equilibria.solvers import Anderson, Solver
+from equilibria.status import Failures, Status
+
+
+class DEQ(nn.Module):
+    """A layer whose output is the equilibrium z = cell(z, x) of a cell.
+
+    >>> class Cell(nn.Module):
+    ...     def __init__(self, width):
+    ...         super().__init__()
+    ...         self.linear = nn.Linear(width, width)
+    ...     def forward(self, z, x):
+    ...         return torch.tanh(0.5 * self.linear(z) + x)
+    >>> layer = eq.DEQ(Cell(8))
+    >>> layer(torch.randn(4, 8)).shape
+    torch.Size([4, 8])
+
+    The start is `cell.initial_state(*inputs)` where the cell has one, else zeros like the first input. Further
+    positional and keyword arguments of a call are passed on to the cell.
+
+    Args:
+        cell: from a state and inputs to a state of the same structure; a module, so that its parameters are registered.
+        solver, adjoint, rtol, atol, norm, batch_dims: as for `eq.fixed_point`.
+        max_steps: evaluations of the cell allowed.
+        eval_max_steps: the same in `eval()` mode; None is `max_steps`.
+        on_failure: "raise", "warn" (once per cause for each layer) or "ignore".
+        readout: from the equilibrium to what a call returns; `solve` always gives the whole equilibrium.
+
+    Source: Bai, Kolter and Koltun (2019), Deep equilibrium models.
+    """
+
+    def __init__(
+        self,
+        cell: Callable[..., Any],
+        solver: Solver = Anderson(),  # noqa: B008 (a frozen dataclass)
+        adjoint: Adjoint = Implicit(),  # noqa: B008
+        rtol: float | None = None,
+        atol: float | None = None,
+        max_steps: int = 40,
+        eval_max_steps: int | None = None,
+        norm: Norm = rms_norm,
+        on_failure: str = "warn",
+        batch_dims: int = 1,
+        readout: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        check_callable("cell", cell)
+        if isinstance(cell, type):
+            raise TypeError(f"cell must be an instance: write {cell.__name__}(...), not the class {cell.__name__}.")
+        check_options(solver, adjoint, rtol, atol, max_steps, norm, batch_dims, on_failure)
+        if eval_max_steps is not None:
+            check_integer("eval_max_steps", eval_max_steps, 1)
+        if readout is not None:
+            check_callable("readout", readout)
+        if not isinstance(cell, nn.Module):
+            warnings.warn(
+                "The cell of this DEQ is no nn.Module: parameters that it captures get gradients, but are not "
+                "registered, so that layer.parameters(), state_dict() and .to() do not see them; make it a module.",
+                UserWarning,
+                stacklevel=2,
+            )
+        self.cell = cell
+        self.solver = solver
+        self.adjoint = adjoint
+        self.rtol = rtol
+        self.atol = atol
+        self.max_steps = max_steps
+        self.eval_max_steps = eval_max_steps
+        self.norm = norm
+        self.on_failure = on_failure
+        self.batch_dims = batch_dims
+        self.readout = readout
+        self._told: set[tuple[str, Status]] = set()
+
+    def forward(self, *inputs: Any, z0: Any = None, state: WarmStart | None = None, **keywords: Any) -> Any:
+        """The equilibrium for `inputs`, through `readout` where there is one.
+
+        Args:
+            inputs, keywords: passed on to the cell.
+            z0: start, in place of the cell's or zeros.
+            state: `Solution.state` of an earlier call on the same shapes, to start from.
+        """
+        value = self.solve(*inputs, z0=z0, state=state, **keywords).value
+        return value if self.readout is None else self.readout(value)
+
+    # The loop is data-dependent and holds no graph worth capturing; a compiled cell inside stays compiled.
+    @torch.compiler.disable(recursive=False)
+    def solve(self, *inputs: Any, z0: Any = None, state: WarmStart | None = None, **keywords: Any) -> Solution:
+        """The whole `eq.Solution` for `inputs`; the arguments are those of a call."""
+        self._refuse_random()
+        max_steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
+        failures = Failures(self.on_failure, told=self._told)
+        solution = solve(
+            lambda z, *inputs: self.cell(z, *inputs, **keywords),
+            self._start(inputs) if z0 is None else z0,
+            inputs,
+            self.solver,
+            self.adjoint,
+            self.rtol,
+            self.atol,
+            max_steps,
+            self.norm,
+            self.batch_dims,
+            failures,
+            state=state,
+        )
+        record(self, solution)
+        return solution
+
+    def _start(self, inputs: tuple[Any, ...]) -> Any:
+        initial_state = getattr(self.cell, "initial_state", None)
+        if initial_state is not None:
+            return initial_state(*inputs)
+        leaves = pytree.tree_leaves(inputs[0]) if inputs else []
+        if not leaves or not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
+            raise TypeError(
+                "The start cannot be read off the first input, which is no floating tensor: give the cell a method "
+                "initial_state(*inputs), or call the layer with z0=..."
+            )
+        return pytree.tree_map(torch.zeros_like, inputs[0])
+
+    def _refuse_random(self) -> None:
+        if not isinstance(self.cell, nn.Module):
+            return
+        for name, module in self.cell.named_modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+                raise ValueError(
+                    f"{type(module).__name__} '{name}' draws a new mask at every evaluation of the cell, so that there "
+                    "is no equilibrium: move it out of the cell, or call eval() on it."
+                )
+
+    def extra_repr(self) -> str:
+        norm = getattr(self.norm, "__name__", repr(self.norm))
+        readout = None if self.readout is None else getattr(self.readout, "__name__", repr(self.readout))
+        cell = "" if isinstance(self.cell, nn.Module) else f"cell={self.cell!r}, "
+        return (
+            f"{cell}solver={self.solver}, adjoint={self.adjoint}, rtol={self.rtol}, atol={self.atol}, "
+            f"max_steps={self.max_steps}, eval_max_steps={self.eval_max_steps}, norm={norm}, "
+            f"on_failure={self.on_failure!r}, batch_dims={self.batch_dims}, readout={readout}"
+        )

@@ -1,0 +1,49 @@
+"""Norms: from one leaf, (batch, ...), to one number per sample, (batch,)."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Norm = Callable[[Tensor], Tensor]
+
+
+def rms_norm(leaf: Tensor) -> Tensor:
+    """Root-mean-square over the entries of each sample: width does not change what a tolerance means.
+
+    >>> rms_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([3.5355, 0.0000])
+
+    Args:
+        leaf: floating tensor of shape (batch, ...).
+
+    Returns:
+        Tensor of shape (batch,); 0 for a sample without entries. Half precision is summed in float32.
+    """
+    flat = leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
+    if flat.shape[1] == 0:
+        return flat.new_zeros(flat.shape[0])
+    return torch.linalg.vector_norm(flat, dim=1, dtype=_accumulation(flat)) * flat.shape[1] ** -0.5
+
+
+def max_norm(leaf: Tensor) -> Tensor:
+    """Largest absolute entry of each sample: no single entry (one token, one pixel) can hide in a mean.
+
+    >>> max_norm(torch.tensor([[3.0, -4.0], [0.0, 0.0]]))
+    tensor([4., 0.])
+
+    Args:
+        leaf: floating tensor of shape (batch, ...).
+
+    Returns:
+        Tensor of shape (batch,); 0 for a sample without entries.
+    """
+    flat = leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
+    if flat.shape[1] == 0:
+        return flat.new_zeros(flat.shape[0])
+    return flat.abs().amax(dim=1).to(_accumulation(flat))
+
+
+def _accumulation(leaf: Tensor) -> torch.dtype:
+    return torch.promote_types(leaf.dtype, torch.float32)

@@ -1,0 +1,49 @@
+"""A safeguard for accelerated solvers that keeps what plain iteration guarantees."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from equilibria.problem import Evaluation
+
+# An accelerated phase ends where the residual has grown by this factor over the lowest of the phase.
+BLOW_UP = 1e3
+
+
+class Safeguard(NamedTuple):
+    """Which samples iterate plainly now, and for how long; everything is per sample, of shape (batch,).
+
+    Acceleration runs until it has not lowered the residual for `patience` evaluations (or has blown it up); then plain
+    iteration has its turn, for a budget that doubles each time. Where plain iteration converges, or ends exactly after
+    L steps as on a nilpotent Jacobian, whose residual need not fall before the last step, some turn is long enough.
+    """
+
+    lowest: Tensor
+    since: Tensor
+    plain: Tensor
+    budget: Tensor
+
+    @staticmethod
+    def init(z: Tensor, budget: int) -> "Safeguard":
+        zeros = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
+        infinite = torch.full((z.shape[0],), torch.inf, dtype=z.dtype, device=z.device)
+        return Safeguard(infinite, zeros, zeros, zeros + budget)
+
+    @torch.no_grad()
+    def update(self, evaluation: Evaluation, patience: int) -> tuple["Safeguard", Tensor, Tensor]:
+        """The next safeguard; which samples step plainly now; and which of these restart from their best iterate."""
+        size = evaluation.size
+        blown = ~(size <= BLOW_UP * self.lowest)
+        lower = size < 0.9 * self.lowest
+        since = torch.where(lower, 0, self.since + 1)
+        trip = (self.plain == 0) & ((since >= patience) | blown)
+        plain = torch.where(trip, self.budget, (self.plain - 1).clamp(min=0))
+        begin = trip | ((self.plain == 1) & ~trip)  # a new phase is measured against its own start
+        guard = Safeguard(
+            torch.where(begin, size, torch.where(lower, size, self.lowest)),
+            torch.where(begin, 0, since),
+            plain,
+            torch.where(trip, 2 * self.budget, self.budget),
+        )
+        return guard, plain > 0, trip & blown
