@@ -89,7 +89,21 @@ def fixed_point(
     """
     failures = Failures(on_failure, process_group)
     return solve(
-        f, z0, args, solver, adjoint, rtol, atol, max_steps, norm, batch_dims, failures, has_aux, state, state_dtype, callback
+        f,
+        z0,
+        args,
+        solver,
+        adjoint,
+        rtol,
+        atol,
+        max_steps,
+        norm,
+        batch_dims,
+        failures,
+        has_aux,
+        state,
+        state_dtype,
+        callback,
     )
 
 
@@ -145,8 +159,9 @@ def solve(
         z, previous = _resume(state, layout, solver)
     problem = FixedPoint(f, args, layout, norm, rtol, atol, has_aux)
 
-    def notify(z: Tensor, error: Tensor, status: Tensor, active: Tensor) -> None:
+    def notify(z: Tensor, *per_sample: Tensor) -> None:
         assert callback is not None
+        error, status, active = (t.reshape(layout.batch_shape) for t in per_sample)
         with torch.no_grad():
             callback(Iterate(problem.evaluations, layout.unpack(z.detach().clone()), error, status, active))
 
@@ -170,9 +185,8 @@ def solve(
         detach = lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf  # noqa: E731
         end = WarmStart(outcome.z.detach(), layout, solver, pytree.tree_map(detach, outcome.memory))
         aux = pytree.tree_map(detach, problem.aux)
-    return Solution(
-        layout.unpack(value), outcome.status, outcome.steps, outcome.error, outcome.evaluations, aux, end, report
-    )
+    status, steps, error = (t.reshape(layout.batch_shape) for t in (outcome.status, outcome.steps, outcome.error))
+    return Solution(layout.unpack(value), status, steps, error, outcome.evaluations, aux, end, report)
 
 
 def _resume(state: WarmStart, layout: Layout, solver: Solver) -> tuple[Tensor, Any]:
@@ -180,8 +194,11 @@ def _resume(state: WarmStart, layout: Layout, solver: Solver) -> tuple[Tensor, A
         raise TypeError(f"state must be the state of an earlier Solution, sol.state, not {type(state).__name__}.")
     if state.layout != layout:
         raise ValueError(
-            f"state comes from a solve of shapes {[tuple(s) for s in state.layout.shapes]} and dtypes "
-            f"{list(state.layout.dtypes)} on {state.layout.device}; this one has {[tuple(s) for s in layout.shapes]} and "
-            f"{list(layout.dtypes)} on {layout.device}: start from z0 instead."
+            f"state comes from a solve of {_describe(state.layout)}; this one is of {_describe(layout)}: start from z0 "
+            "instead."
         )
     return state.z, state.memory if state.solver == solver else None
+
+
+def _describe(layout: Layout) -> str:
+    return f"shapes {[tuple(shape) for shape in layout.shapes]}, {layout.dtype}, on {layout.device}"

@@ -126,12 +126,14 @@ class FixedPoint:
 
     def _measure(self, z: Tensor, image: Tensor) -> Evaluation:
         residual = image - z
+        assert self.rtol is not None
+        assert self.atol is not None
         with torch.no_grad():
             numerators = [self._norm(leaf) for leaf in self.layout.leaves(residual.detach())]
             denominators = [self._norm(leaf) for leaf in self.layout.leaves(image.detach())]
             pairs = list(zip(numerators, denominators, strict=True))
             ratios = [torch.where(num == 0, num, num / den) for num, den in pairs]
-            met = [num <= self.atol + self.rtol * den for num, den in pairs]
+            met = [num <= den * self.rtol + self.atol for num, den in pairs]
             if len(pairs) == 1:
                 error, size, satisfied = ratios[0], numerators[0], met[0]
             else:
@@ -186,7 +188,8 @@ class Linearization:
         """J^T u for each sample; zero where the function does not depend on its state."""
         if not self.image.requires_grad:
             return torch.zeros_like(u)
-        (product,) = torch.autograd.grad(self.image, self.z, u.to(self.image.dtype), retain_graph=True, allow_unused=True)
+        u = u.to(self.image.dtype)
+        (product,) = torch.autograd.grad(self.image, self.z, u, retain_graph=True, allow_unused=True)
         return torch.zeros_like(u) if product is None else product
 
     def product(self, u: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class Solution:
 
     Attributes:
         value: the state, of the structure of `z0`, attached to autograd.
-        status: int tensor per sample, an `eq.Status` each.
+        status: int tensor per sample (of the shape of the batch dimensions), an `eq.Status` each.
         steps: int tensor per sample, evaluations of `f` until it stopped.
         residual: float tensor per sample, of the returned value: relative for `fixed_point`, absolute for others.
         evaluations: calls of `f` that the forward solve made.

@@ -121,9 +121,7 @@ class Layout:
         """Views of the leaves as (batch, ...), which is what a norm sees."""
         parts = buffer.split(self.sizes, dim=1) if len(self.sizes) > 1 else (buffer,)
         dims = len(self.batch_shape)
-        return [
-            part.reshape(self.batch, *shape[dims:]) for part, shape in zip(parts, self.shapes, strict=True)
-        ]
+        return [part.reshape(self.batch, *shape[dims:]) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def round(self, buffer: Tensor) -> Tensor:
         """The nearest buffer that the leaves can hold: what is evaluated is then what is returned."""

@@ -51,9 +51,9 @@ def attach(z: Tensor, image: Tensor, bad: Tensor | None, pull: Pull, refusal: st
 def shield(outcome: Outcome) -> tuple[Tensor, Tensor | None, AbstractContextManager[Any]]:
     """Where to differentiate, which samples to leave out, and a context that keeps their NaN out of gradients.
 
-    Zeroing a sample's gradient is not enough where `f` is not finite, since 0 * nan is nan in the sums over samples that
-    weights get. So such a sample takes the place of a good one, and what `f` saves for backward is freed of the NaN
-    that its own inputs bring.
+    Zeroing a sample's gradient is not enough where `f` is not finite, since 0 * nan is nan in the sums over samples
+    that weights get. So such a sample takes the place of a good one, and what `f` saves for backward is freed of the
+    NaN that its own inputs bring.
     """
     bad = outcome.status == Status.NONFINITE
     z = outcome.z.detach()

@@ -51,10 +51,9 @@ class Implicit:
     order: int = 1
 
     def __post_init__(self) -> None:
-        if self.solver is not None and not hasattr(self.solver, "solve"):
-            check_part("solver", self.solver, ("init", "step"), "eq.Picard()")
-        elif isinstance(self.solver, type):
-            check_part("solver", self.solver, ("solve",), "eq.GMRES()")
+        if self.solver is not None:
+            linear = hasattr(self.solver, "solve")
+            check_part("solver", self.solver, ("solve",) if linear else ("init", "step"), "eq.GMRES() or eq.Picard()")
         check_tolerance("rtol", self.rtol)
         check_integer("max_steps", self.max_steps, 1)
         check_choice("order", self.order, (1,))
@@ -96,13 +95,13 @@ class Implicit:
         solvable = usable & (scale > 0)
         b = torch.where(solvable[:, None], v / torch.where(solvable, scale, 1)[:, None], 0)
         found = self._solve_scaled(product, b, rtol, problem.level, failures.agree)
-        report.status = torch.where(usable, found.status, Status.NONFINITE)
-        report.residual = torch.where(usable, found.residual, torch.nan)
-        report.steps = found.steps
+        shape = problem.layout.batch_shape
+        report.status = torch.where(usable, found.status, Status.NONFINITE).reshape(shape)
+        report.residual = torch.where(usable, found.residual, torch.nan).reshape(shape)
+        report.steps = found.steps.reshape(shape)
         # A gradient that comes in as NaN goes on as NaN, which loss scalers look for; it is no failure of this solve.
-        failures.tell(
-            "backward solve", torch.where(usable, found.status, Status.CONVERGED), torch.where(usable, found.residual, 0)
-        )
+        told_status = torch.where(usable, found.status, Status.CONVERGED)
+        failures.tell("backward solve", told_status, torch.where(usable, found.residual, 0))
         u = torch.where(solvable[:, None], found.x * scale[:, None], v)
         return u if bad is None else torch.where(bad[:, None], 0, u)
 
@@ -122,7 +121,7 @@ class Implicit:
             if not agree(bool(unsolved.any())):
                 return first
             return _better(first, iterate(Picard(), first.x, torch.where(unsolved[:, None], b, 0)), unsolved)
-        if hasattr(self.solver, "solve"):
+        if isinstance(self.solver, LinearSolver):
             return self.solver.solve(operator, b, rtol, level, self.max_steps, agree)
         return iterate(self.solver, b, b)
 

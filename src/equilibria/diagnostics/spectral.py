@@ -37,7 +37,7 @@ def spectral_radius(
         batch_dims: as for `eq.fixed_point`.
 
     Returns:
-        Float tensor of shape (batch,); NaN for samples whose Jacobian is not finite.
+        Float tensor per sample, of the shape of the batch dimensions; NaN for samples whose Jacobian is not finite.
 
     Warns:
         ConvergenceWarning: for samples that miss `rtol` within `max_steps`.
@@ -52,7 +52,7 @@ def spectral_radius(
     jacobian = FixedPoint(f, args, layout, rms_norm, None, None, has_aux=False).linearize(layout.pack(z))
     batch, n = jacobian.image.shape
     if n == 0 or batch == 0:
-        return jacobian.image.new_zeros(batch)
+        return jacobian.image.new_zeros(layout.batch_shape)
     # A generator of its own: the global one stays untouched, and every sample starts alike in whatever batch.
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(n, generator=generator, dtype=torch.float64).to(jacobian.image)
@@ -87,4 +87,4 @@ def spectral_radius(
             ConvergenceWarning,
             stacklevel=2,
         )
-    return torch.where(broken, torch.nan, radius).to(layout.dtype)
+    return torch.where(broken, torch.nan, radius).to(layout.dtype).reshape(layout.batch_shape)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ class LinearSolution:
     products: int
 
 
+@runtime_checkable
 class LinearSolver(Protocol):
     """Solves A x = b per sample, given products with A alone."""
 

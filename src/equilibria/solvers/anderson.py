@@ -127,7 +127,8 @@ def _least_squares(gram: Tensor, target: Tensor, order: list[int]) -> Tensor:
         lower, info = factor(usable)
         pivots = lower.diagonal(dim1=1, dim2=2)
         # A pivot near the ridge is a dependent column; past a failed one the factor says nothing.
-        sound = (pivots.square() > 8 * ridge) & ((info[:, None] == 0) | (permutation.new_tensor(range(len(order))) < info[:, None] - 1))
+        position = torch.arange(len(order), device=gram.device)
+        sound = (pivots.square() > 8 * ridge) & ((info[:, None] == 0) | (position < info[:, None] - 1))
         keep = usable & sound[:, inverse]
         redo = torch.is_grad_enabled() or not bool((keep == usable).all())
     lower, _ = factor(keep) if redo else (lower, info)
