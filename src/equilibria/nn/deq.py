@@ -100,7 +100,7 @@ class DEQ(nn.Module):
         return value if self.readout is None else self.readout(value)
 
     # The loop is data-dependent and holds no graph worth capturing; a compiled cell inside stays compiled.
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable
     def solve(self, *inputs: Any, z0: Any = None, state: WarmStart | None = None, **keywords: Any) -> Solution:
         """The whole `eq.Solution` for `inputs`; the arguments are those of a call."""
         self._refuse_random()
