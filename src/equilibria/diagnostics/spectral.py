@@ -63,7 +63,7 @@ def spectral_radius(
     missed = torch.ones(batch, dtype=torch.bool, device=start.device)
     broken = torch.zeros_like(missed)
     for k in range(limit):
-        image = jacobian.transposed_product(basis.vectors[:, k])
+        image = jacobian.transposed_product(basis[k])
         broken = broken | ~torch.isfinite(image).all(dim=1)
         column, norm = basis.extend(torch.where(broken[:, None], 0, image))
         hessenberg[:, : k + 1, k] = column.double()

@@ -100,7 +100,7 @@ class GMRES:
         used = torch.zeros_like(running, dtype=torch.int64)
         broken = torch.zeros_like(running)
         for k in range(length):
-            image = torch.where(running[:, None], operator(basis.vectors[:, k]), 0)
+            image = torch.where(running[:, None], operator(basis[k]), 0)
             column, norm = basis.extend(image)
             hessenberg[:, : k + 1, k] = column
             hessenberg[:, k + 1, k] = norm
@@ -132,8 +132,8 @@ class GMRES:
         square = torch.where(mine[:, :, None] & mine[:, None, :], triangle[:, :count, :count], eye)
         right = torch.where(mine, size[:, None] * rotations[:, :count, 0], 0)
         y = torch.linalg.solve_triangular(square, right[:, :, None], upper=True)
-        correction = torch.bmm(y.mT, basis.vectors[:, :count])[:, 0]
+        correction = basis.combine(y[:, :, 0])
         # What is left follows from the Arnoldi relation, which holds to rounding, without another product.
         left = -torch.bmm(torch.where(mine[:, None], hessenberg[:, : count + 1, :count], 0), y)
         left[:, 0, 0] += size
-        return correction, torch.bmm(left.mT, basis.vectors)[:, 0]
+        return correction, basis.combine(left[:, :, 0])

@@ -1,0 +1,91 @@
+"""Peak memory of one training step against the number of solver steps.
+
+    python benchmarks/memory.py
+
+With `Implicit` it does not depend on how many steps the solver takes, its fixed history aside; with `Unrolled` it grows
+with each. The cell is a tanh layer that needs every step it is allowed (rtol=0), so that the counts are exact.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import equilibria as eq
+
+
+class Cell(nn.Module):
+    """tanh(W z + x), with a W of norm below 1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.9 * torch.linalg.qr(torch.randn(width, width)).Q)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(z @ self.weight + x)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what native code writes to stderr: the profiler announces each start and stop there."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def peak_bytes(layer: nn.Module, x: Tensor) -> int:
+    """Largest number of bytes held at once by tensors made during one training step."""
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        layer(x).square().mean().backward()
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 30, 100])
+    options = parser.parse_args()
+    state = options.batch * options.width * 4 / 2**20
+    print(f"peak memory of a training step, MiB (one state is {state:.2f} MiB; batch {options.batch}, seed 0)")
+    print(f"{'solver':<12}{'adjoint':<24}" + "".join(f"{steps:>6} steps" for steps in options.steps))
+    rows = [
+        (eq.Picard(), eq.Implicit()),
+        (eq.Anderson(), eq.Implicit()),
+        (eq.Picard(), eq.Phantom(steps=3)),
+        (eq.Picard(), eq.OneStep()),
+        (eq.Picard(), eq.Unrolled()),
+        (eq.Picard(), eq.Unrolled(checkpoint=True)),
+        (eq.Anderson(), eq.Unrolled()),
+    ]
+    for solver, adjoint in rows:
+        cells = []
+        for steps in options.steps:
+            torch.manual_seed(0)
+            layer = eq.DEQ(
+                Cell(options.width), solver, adjoint, rtol=0.0, atol=0.0, max_steps=steps, on_failure="ignore"
+            )
+            x = torch.randn(options.batch, options.width)
+            layer(x).square().mean().backward()  # gradients exist from here on, as in every step but the first
+            cells.append(peak_bytes(layer, x) / 2**20)
+        name = type(adjoint).__name__ + (" (checkpoint)" if adjoint == eq.Unrolled(checkpoint=True) else "")
+        print(f"{type(solver).__name__:<12}{name:<24}" + "".join(f"{cell:>12.1f}" for cell in cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
