@@ -99,10 +99,13 @@ class DEQ(nn.Module):
         value = self.solve(*inputs, z0=z0, state=state, **keywords).value
         return value if self.readout is None else self.readout(value)
 
-    # The loop is data-dependent and holds no graph worth capturing; a compiled cell inside stays compiled.
-    @torch.compiler.disable
     def solve(self, *inputs: Any, z0: Any = None, state: WarmStart | None = None, **keywords: Any) -> Solution:
         """The whole `eq.Solution` for `inputs`; the arguments are those of a call."""
+        return self._solve(inputs, keywords, z0, state)  # pyright: ignore[reportCallIssue]
+
+    # The loop is data-dependent and holds no graph worth capturing; a compiled cell inside stays compiled.
+    @torch.compiler.disable
+    def _solve(self, inputs: tuple[Any, ...], keywords: dict[str, Any], z0: Any, state: WarmStart | None) -> Solution:
         self._refuse_random()
         max_steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
         failures = Failures(self.on_failure, told=self._told)
