@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from equilibria.adjoints import Adjoint, Implicit
@@ -15,7 +14,7 @@ from equilibria.problem import FixedPoint
 from equilibria.solution import AdjointReport, Solution
 from equilibria.solvers import Anderson, Solver
 from equilibria.status import ON_FAILURE, Failures
-from equilibria.tree import STATE_DTYPES, Layout
+from equilibria.tree import STATE_DTYPES, Layout, detached
 
 Callback = Callable[[Iterate], object]
 
@@ -177,14 +176,9 @@ def solve(
     else:
         outcome = iterate(problem)
         value = outcome.z
-        if has_aux and not torch.equal(outcome.last, outcome.z):
-            # A sample was set back to its best iterate after the last evaluation.
-            _, problem.aux = problem.apply(outcome.z)
     failures.tell("solve", outcome.status, outcome.error)
-    with torch.no_grad():
-        detach = lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf  # noqa: E731
-        end = WarmStart(outcome.z.detach(), layout, solver, pytree.tree_map(detach, outcome.memory))
-        aux = pytree.tree_map(detach, problem.aux)
+    end = WarmStart(outcome.z.detach(), layout, solver, detached(outcome.memory))
+    aux = problem.take_aux(outcome.z.detach(), failures.agree)
     status, steps, error = (t.reshape(layout.batch_shape) for t in (outcome.status, outcome.steps, outcome.error))
     return Solution(layout.unpack(value), status, steps, error, outcome.evaluations, aux, end, report)
 

@@ -48,7 +48,6 @@ class Outcome:
     error: Tensor
     evaluations: int
     memory: Any
-    last: Tensor  # where the last evaluation was made
 
 
 def run(
@@ -111,7 +110,7 @@ def run(
         frozen = torch.where((failed | (active & ~improved))[:, None], best, z)
         running = agree(bool(active.any()))
         if problem.evaluations >= max_steps or not running:
-            return Outcome(frozen, status, steps, final_error, problem.evaluations, memory, z)
+            return Outcome(frozen, status, steps, final_error, problem.evaluations, memory)
         proposal, memory = solver.step(evaluation._replace(best=best), memory)
         first = False
         z = problem.round(torch.where(active[:, None], proposal, frozen))

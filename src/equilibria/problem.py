@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from equilibria.norms import Norm
-from equilibria.tree import Layout
+from equilibria.tree import Layout, detached
 
 # The one table of default tolerances, by the dtype that f computes in.
 RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -73,14 +73,16 @@ class FixedPoint:
         self.evaluations = 0
         self.compute_dtype: torch.dtype | None = None
         self.aux: Any = None
+        self.aux_at: Tensor | None = None
 
-    def apply(self, z: Tensor) -> tuple[Tensor, Any]:
-        """Evaluate `f` on a packed buffer without counting: the image and the auxiliary output."""
-        output, aux = self.f(self.layout.unpack(z), *self.args), None
+    def apply(self, z: Tensor) -> Tensor:
+        """Evaluate `f` on a packed buffer without counting; its auxiliary output is kept as `aux`."""
+        output = self.f(self.layout.unpack(z), *self.args)
         if self.has_aux:
             if not (isinstance(output, tuple) and len(output) == 2):
                 raise TypeError("has_aux=True needs f to return a pair (state, aux).")
-            output, aux = output
+            output, self.aux = output
+            self.aux_at = z
         image = self.layout.pack(output)
         if self.compute_dtype is None:
             self.compute_dtype = self._read_dtype(output)
@@ -90,11 +92,17 @@ class FixedPoint:
                 self.atol = default / 100 if self.rtol is None else 0.0
             if self.rtol is None:
                 self.rtol = default
-        return image, aux
+        return image
 
-    def call(self, z: Tensor) -> Tensor:
-        """The image alone."""
-        return self.apply(z)[0]
+    def take_aux(self, z: Tensor, agree: Callable[[bool], bool]) -> Any:
+        """The auxiliary output at `z` as data; evaluates `f` only where the last evaluation was elsewhere."""
+        if not self.has_aux:
+            return None
+        if agree(self.aux_at is None or not torch.equal(self.aux_at, z)):
+            with torch.no_grad():
+                self.apply(z)
+        aux, self.aux, self.aux_at = self.aux, None, None
+        return detached(aux)
 
     def evaluate(self, z: Tensor) -> Evaluation:
         """Evaluate `f` at `z` and measure the residual there."""
@@ -103,7 +111,7 @@ class FixedPoint:
         version = None if z.is_inference() else z._version
         generators = _generators(z.device) if first else []
         before = [generator.get_state() for generator in generators]
-        image, self.aux = self.apply(z)
+        image = self.apply(z)
         if version is not None and z._version != version:
             raise ValueError("f changed its state in place, and the solver still needs it: use z + ... for z += ...")
         if any(not torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True)):
@@ -116,7 +124,9 @@ class FixedPoint:
 
     def linearize(self, z: Tensor) -> "Linearization":
         """Products with the Jacobian of `f` at `z`, by one more evaluation with a graph."""
-        return Linearization(self.call, z)
+        jacobian = Linearization(self.apply, z)
+        self.aux = self.aux_at = None  # nobody asks for it in backward, and it would keep a graph alive
+        return jacobian
 
     @property
     def level(self) -> float:
@@ -163,7 +173,7 @@ class FixedPoint:
 
     def _refuse_random(self, z: Tensor, image: Tensor) -> None:
         self.evaluations += 1
-        difference = torch.nan_to_num(self.call(z) - image)
+        difference = torch.nan_to_num(self.apply(z) - image)
         if (rms := difference.square().mean().sqrt()) > 1e-3 * image.nan_to_num().square().mean().sqrt():
             raise ValueError(
                 f"f draws random numbers: two calls at one state differ by {rms.item():.1e}, so it has no fixed "

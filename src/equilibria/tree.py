@@ -131,6 +131,11 @@ class Layout:
         return torch.cat([p.to(d).to(self.dtype) for p, d in zip(parts, self.dtypes, strict=True)], dim=1)
 
 
+def detached(tree: Any) -> Any:
+    """The tree as data: its tensors without their graphs, everything else as it is."""
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
 def _describe(spec: pytree.TreeSpec) -> str:
     if spec.is_leaf():
         return "one tensor"

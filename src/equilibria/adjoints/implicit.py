@@ -65,7 +65,7 @@ class Implicit:
             outcome = solve(problem)
         z, bad, cleaning = shield(outcome)
         with cleaning:
-            image, problem.aux = problem.apply(z)
+            image = problem.apply(z)
         report.evaluations += 1
         autocast = autocast_state(z.device)
 

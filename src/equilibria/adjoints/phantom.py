@@ -49,13 +49,11 @@ class Phantom:
         with torch.no_grad():
             outcome = solve(problem)
         z, bad, cleaning = shield(outcome)
-        step, aux = z, None
+        step = z
         with cleaning:
-            for k in range(self.steps):
-                image, later_aux = problem.apply(step)
-                aux = later_aux if k == 0 else aux
+            for _ in range(self.steps):
+                image = problem.apply(step)
                 step = image if self.relaxation == 1 else torch.lerp(step, image, self.relaxation)
-        problem.aux = aux
         report.evaluations += self.steps
         value = attach(z, step, bad, lambda z, v: v, REFUSAL)
         return value if bad is None else torch.where(bad[:, None], outcome.z, value), outcome
