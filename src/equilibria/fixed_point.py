@@ -166,7 +166,7 @@ def solve(
 
     def iterate(problem: FixedPoint) -> Outcome:
         problem.evaluations = 0
-        memory = solver.init(z, previous)
+        memory = solver.init(problem, z, previous)
         tell = notify if callback is not None else None
         return run(problem, solver, z, memory, max_steps, tell, failures.agree)
 

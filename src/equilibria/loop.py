@@ -111,6 +111,6 @@ def run(
         running = agree(bool(active.any()))
         if problem.evaluations >= max_steps or not running:
             return Outcome(frozen, status, steps, final_error, problem.evaluations, memory)
-        proposal, memory = solver.step(evaluation._replace(best=best), memory)
+        proposal, memory = solver.step(problem, evaluation._replace(best=best), memory)
         first = False
         z = problem.round(torch.where(active[:, None], proposal, frozen))

@@ -112,7 +112,8 @@ class Implicit:
             return u - product(u)
 
         def iterate(solver: Solver, start: Tensor, b: Tensor) -> LinearSolution:
-            found = run(Affine(product, b, rtol, level), solver, start, solver.init(start), self.max_steps, agree=agree)
+            problem = Affine(product, b, rtol, level)
+            found = run(problem, solver, start, solver.init(problem, start), self.max_steps, agree=agree)
             return LinearSolution(found.z, found.status, found.steps, found.error, found.evaluations)
 
         if self.solver is None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from equilibria.options import check_fraction, check_integer
-from equilibria.problem import Evaluation
+from equilibria.problem import Evaluation, Problem
 from equilibria.solvers.picard import relaxed
 from equilibria.solvers.safeguard import Safeguard
 
@@ -51,7 +51,7 @@ class Anderson:
         check_integer("history", self.history, 1)
         check_fraction("relaxation", self.relaxation)
 
-    def init(self, z: Tensor, previous: Memory | None = None) -> Memory:
+    def init(self, problem: Problem, z: Tensor, previous: Memory | None = None) -> Memory:
         guard = Safeguard.init(z, budget=4 * self.history)
         if previous is None or previous.residuals is None or previous.images is None:
             return Memory(None, None, None, None, None, 0, guard)
@@ -60,7 +60,7 @@ class Anderson:
         residuals, images = (torch.nan_to_num(b, 0, 0, 0) for b in (previous.residuals, previous.images))
         return previous._replace(residual=None, image=None, residuals=residuals, images=images, guard=guard)
 
-    def step(self, evaluation: Evaluation, memory: Memory) -> tuple[Tensor, Memory]:
+    def step(self, problem: Problem, evaluation: Evaluation, memory: Memory) -> tuple[Tensor, Memory]:
         residual, image = evaluation.residual, relaxed(evaluation, self.relaxation)
         guard, plain, restart = memory.guard.update(evaluation, patience=2 * self.history)
         residuals, images, gram, seen = memory.residuals, memory.images, memory.gram, memory.seen

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from equilibria.options import check_fraction
-from equilibria.problem import Evaluation
+from equilibria.problem import Evaluation, Problem
 
 
 def relaxed(evaluation: Evaluation, relaxation: float) -> Tensor:
@@ -33,8 +33,8 @@ class Picard:
     def __post_init__(self) -> None:
         check_fraction("relaxation", self.relaxation)
 
-    def init(self, z: Tensor, previous: None = None) -> None:
+    def init(self, problem: Problem, z: Tensor, previous: None = None) -> None:
         return None
 
-    def step(self, evaluation: Evaluation, memory: None) -> tuple[Tensor, None]:
+    def step(self, problem: Problem, evaluation: Evaluation, memory: None) -> tuple[Tensor, None]:
         return relaxed(evaluation, self.relaxation), None

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from equilibria.problem import Evaluation
+from equilibria.problem import Evaluation, Problem
 
 
 class Solver(Protocol):
@@ -14,7 +14,7 @@ class Solver(Protocol):
     indexed by sample first and treats every sample on its own.
     """
 
-    def init(self, z: Tensor, previous: Any = None) -> Any:
+    def init(self, problem: Problem, z: Tensor, previous: Any = None) -> Any:
         """The memory before the first evaluation, for a start of shape (batch, n).
 
         `previous` is the last memory of an earlier solve of a similar problem, for a warm start; what it knows of that
@@ -22,6 +22,9 @@ class Solver(Protocol):
         """
         ...
 
-    def step(self, evaluation: Evaluation, memory: Any) -> tuple[Tensor, Any]:
-        """The next iterate to evaluate, of shape (batch, n), and the new memory."""
+    def step(self, problem: Problem, evaluation: Evaluation, memory: Any) -> tuple[Tensor, Any]:
+        """The next iterate to evaluate, of shape (batch, n), and the new memory.
+
+        `problem.linearize` gives products with the Jacobian, to solvers that take them.
+        """
         ...
