@@ -53,12 +53,12 @@ class Anderson:
 
     def init(self, problem: Problem, z: Tensor, previous: Memory | None = None) -> Memory:
         guard = Safeguard.init(z, budget=4 * self.history)
-        if previous is None or previous.residuals is None or previous.images is None:
+        if previous is None or previous.residuals is None or previous.images is None or previous.gram is None:
             return Memory(None, None, None, None, None, 0, guard)
         # The differences still approximate the Jacobian; the last point belongs to the other problem. A sample that
-        # ended in NaN left some behind, and 0 * nan is not 0.
+        # ended in NaN left some behind, and 0 * nan is not 0. All are copies: `step` writes into them.
         residuals, images = (torch.nan_to_num(b, 0, 0, 0) for b in (previous.residuals, previous.images))
-        return previous._replace(residual=None, image=None, residuals=residuals, images=images, guard=guard)
+        return Memory(None, None, residuals, images, previous.gram.clone(), previous.seen, guard)
 
     def step(self, problem: Problem, evaluation: Evaluation, memory: Memory) -> tuple[Tensor, Memory]:
         residual, image = evaluation.residual, relaxed(evaluation, self.relaxation)
