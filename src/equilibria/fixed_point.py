@@ -156,6 +156,7 @@ def solve(
         z, previous = layout.round(layout.pack_start(z0)), None
     else:
         z, previous = _resume(state, layout, solver)
+    z = z.clone()  # an f that changes its state in place is refused, but only once it has done so
     problem = FixedPoint(f, args, layout, norm, rtol, atol, has_aux)
 
     def notify(z: Tensor, *per_sample: Tensor) -> None:

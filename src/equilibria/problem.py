@@ -108,11 +108,11 @@ class FixedPoint:
         """Evaluate `f` at `z` and measure the residual there."""
         first = self.evaluations == 0
         self.evaluations += 1
-        version = None if z.is_inference() else z._version
+        changed = _watch(z, first)
         generators = _generators(z.device) if first else []
         before = [generator.get_state() for generator in generators]
         image = self.apply(z)
-        if version is not None and z._version != version:
+        if changed():
             raise ValueError("f changed its state in place, and the solver still needs it: use z + ... for z += ...")
         if any(not torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True)):
             self._refuse_random(z, image)
@@ -258,3 +258,12 @@ def _generators(device: torch.device) -> list[torch.Generator]:
         index = torch.cuda.current_device() if device.index is None else device.index
         generators.append(torch.cuda.default_generators[index])
     return generators
+
+
+def _watch(z: Tensor, first: bool) -> Callable[[], bool]:
+    """Tells whether `z` has been changed in place since; in inference mode, which counts no versions, at first only."""
+    if not z.is_inference():
+        version = z._version
+        return lambda: z._version != version
+    copy = z.clone() if first else z
+    return lambda: first and not torch.equal(z.nan_to_num(), copy.nan_to_num())
