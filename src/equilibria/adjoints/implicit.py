@@ -56,6 +56,7 @@ class Implicit:
             check_part("solver", self.solver, ("solve",) if linear else ("init", "step"), "eq.GMRES() or eq.Picard()")
         check_tolerance("rtol", self.rtol)
         check_integer("max_steps", self.max_steps, 1)
+        check_integer("order", self.order, 1)
         check_choice("order", self.order, (1,))
 
     def attach(
