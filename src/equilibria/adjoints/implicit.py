@@ -90,7 +90,7 @@ class Implicit:
     ) -> Tensor:
         """The u of u = v + J^T u, sample by sample, on gradients scaled to one."""
         assert problem.compute_dtype is not None
-        rtol = self.rtol or min(problem.rtol or RTOL[problem.compute_dtype], 1e-2)
+        rtol = min(problem.rtol or RTOL[problem.compute_dtype], 1e-2) if self.rtol is None else self.rtol
         scale = v.abs().amax(dim=1) if v.shape[1] else v.new_zeros(v.shape[0])
         usable = torch.isfinite(scale) if bad is None else torch.isfinite(scale) & ~bad
         solvable = usable & (scale > 0)
