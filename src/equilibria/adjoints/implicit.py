@@ -122,7 +122,9 @@ class Implicit:
             unsolved = first.status == Status.MAX_STEPS
             if not agree(bool(unsolved.any())):
                 return first
-            return _better(first, iterate(Picard(), first.x, torch.where(unsolved[:, None], b, 0)), unsolved)
+            # Solved samples wait at the solution of 0 = 0, which takes no step.
+            start, rest = (torch.where(unsolved[:, None], t, 0) for t in (first.x, b))
+            return _better(first, iterate(Picard(), start, rest), unsolved)
         if isinstance(self.solver, LinearSolver):
             return self.solver.solve(operator, b, rtol, level, self.max_steps, agree)
         return iterate(self.solver, b, b)
