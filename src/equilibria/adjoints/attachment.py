@@ -21,7 +21,7 @@ class _Zero(torch.autograd.Function):
         ctx.save_for_backward(z)
         ctx.pull = pull
         ctx.refusal = refusal
-        return torch.zeros_like(delta)
+        return torch.full_like(delta, -0.0)  # z + 0.0 would turn a -0.0 of z into 0.0
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
