@@ -74,11 +74,10 @@ def run(
     """
     active = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
     status = torch.full_like(active, Status.MAX_STEPS, dtype=torch.int64)
-    steps = torch.zeros_like(status)
-    best = z
+    steps = since = torch.zeros_like(status)
+    settled, best = z, z
     best_error = reference = final_error = torch.empty(0)
-    since = torch.zeros_like(status)
-    first = True
+    first, all_active = True, len(z) > 0
     while True:
         evaluation = problem.evaluate(z)
         with torch.no_grad():
@@ -96,21 +95,28 @@ def run(
             reference = torch.where(fell, error, reference)
             converged = active & evaluation.satisfied & finite
             stalled = (since >= STALL_WINDOW) & (best_error <= problem.level)
-            nonfinite = active & ~finite
-            failed = active & ~converged & (stalled | nonfinite)
-            status = torch.where(converged, Status.CONVERGED, status)
-            status = torch.where(failed, torch.where(nonfinite, Status.NONFINITE, Status.STALLED), status)
-            steps = torch.where(active, problem.evaluations, steps)
-            final_error = torch.where(active, torch.where(converged, error, best_error), final_error)
-        best = torch.where(improved[:, None], z, best)
-        active = active & ~converged & ~failed
+            failed = active & ~converged & (stalled | ~finite)
+            ended = converged | failed
+            # One look at the device a step; what only changes when a sample ends is touched only then.
+            any_ended, all_improved = torch.stack((ended.any(), improved.all())).tolist()
+        best = z if all_improved else torch.where(improved[:, None], z, best)
+        if any_ended:
+            failure = torch.where(finite, Status.STALLED, Status.NONFINITE)
+            status = torch.where(converged, Status.CONVERGED, torch.where(failed, failure, status))
+            steps = torch.where(ended, problem.evaluations, steps)
+            final_error = torch.where(converged, error, torch.where(failed, best_error, final_error))
+            # Failed samples go back to their best iterate, so that f is never evaluated at NaN again.
+            settled = torch.where(active[:, None], torch.where(failed[:, None], best, z), settled)
+            active = active & ~ended
+            all_active = False
         if callback is not None:
             callback(z, error, status, active)
-        # Samples that just failed go back to their best iterate, so that f is never evaluated at NaN again.
-        frozen = torch.where((failed | (active & ~improved))[:, None], best, z)
-        running = agree(bool(active.any()))
+        running = agree(all_active or bool(active.any()))
         if problem.evaluations >= max_steps or not running:
-            return Outcome(frozen, status, steps, final_error, problem.evaluations, memory)
+            steps = torch.where(active, problem.evaluations, steps)
+            final_error = torch.where(active, best_error, final_error)
+            z = torch.where(active[:, None], best, settled)
+            return Outcome(z, status, steps, final_error, problem.evaluations, memory)
         proposal, memory = solver.step(problem, evaluation._replace(best=best), memory)
+        z = problem.round(proposal if all_active else torch.where(active[:, None], proposal, settled))
         first = False
-        z = problem.round(torch.where(active[:, None], proposal, frozen))

@@ -83,6 +83,8 @@ class Anderson:
         newest_first = [(slot - k) % filled for k in range(filled)]
         gamma = _least_squares(gram[:, :filled, :filled], products[:, -1], newest_first)
         accelerated = image - torch.bmm(gamma[:, None], images[:, :filled])[:, 0]
+        if plain is None or restart is None:
+            return accelerated, memory
         proposal = torch.where(plain[:, None], image, accelerated)
         return torch.where(restart[:, None], evaluation.best, proposal), memory
 
@@ -109,28 +111,29 @@ def _write_row(gram: Tensor | None, slot: int, row: Tensor, depth: int) -> Tenso
 
 def _least_squares(gram: Tensor, target: Tensor, order: list[int]) -> Tensor:
     """Solve the normal equations sample by sample, dropping columns that depend on ones earlier in `order`."""
+    permutation = torch.tensor(order, device=gram.device)
+    gram, target = gram[:, permutation[:, None], permutation], target[:, permutation]
     ridge = 1e-13 if gram.dtype == torch.float64 else 1e-7
     with torch.no_grad():
         diagonal = gram.diagonal(dim1=1, dim2=2)
         usable = torch.isfinite(diagonal) & (diagonal > torch.finfo(gram.dtype).tiny)
         scale = torch.where(usable, diagonal, 1).rsqrt()
         eye = torch.eye(len(order), dtype=gram.dtype, device=gram.device)
-        permutation = torch.tensor(order, device=gram.device)
-        inverse = torch.argsort(permutation)
+        weights = scale[:, :, None] * scale[:, None, :]
 
     def factor(keep: Tensor) -> tuple[Tensor, Tensor]:
         pairs = keep[:, :, None] & keep[:, None, :]
-        scaled = torch.where(pairs, gram * scale[:, :, None] * scale[:, None, :], eye) + ridge * eye
-        return torch.linalg.cholesky_ex(scaled[:, permutation][:, :, permutation])
+        return torch.linalg.cholesky_ex(torch.where(pairs, gram * weights, eye) + ridge * eye)
 
     with torch.no_grad():
         lower, info = factor(usable)
-        pivots = lower.diagonal(dim1=1, dim2=2)
         # A pivot near the ridge is a dependent column; past a failed one the factor says nothing.
         position = torch.arange(len(order), device=gram.device)
-        sound = (pivots.square() > 8 * ridge) & ((info[:, None] == 0) | (position < info[:, None] - 1))
-        keep = usable & sound[:, inverse]
+        sound = (info[:, None] == 0) | (position < info[:, None] - 1)
+        keep = usable & sound & (lower.diagonal(dim1=1, dim2=2).square() > 8 * ridge)
         redo = torch.is_grad_enabled() or not bool((keep == usable).all())
-    lower, _ = factor(keep) if redo else (lower, info)
-    right = torch.where(keep, target * scale, 0)[:, permutation]
-    return torch.cholesky_solve(right[:, :, None], lower)[:, inverse, 0] * scale
+    if redo:
+        lower, _ = factor(keep)
+    right = torch.where(keep, target * scale, 0)
+    gamma = torch.cholesky_solve(right[:, :, None], lower)[:, :, 0] * scale
+    return gamma[:, torch.argsort(permutation)]

@@ -23,6 +23,7 @@ class Safeguard(NamedTuple):
     since: Tensor
     plain: Tensor
     budget: Tensor
+    idle: bool = True  # no sample steps plainly: known on the host, for a shorter path
 
     @staticmethod
     def init(z: Tensor, budget: int) -> "Safeguard":
@@ -31,11 +32,13 @@ class Safeguard(NamedTuple):
         return Safeguard(infinite, zeros, zeros, zeros + budget)
 
     @torch.no_grad()
-    def update(self, evaluation: Evaluation, patience: int) -> tuple["Safeguard", Tensor, Tensor]:
-        """The next safeguard; which samples step plainly now; and which of these restart from their best iterate."""
+    def update(self, evaluation: Evaluation, patience: int) -> tuple["Safeguard", Tensor | None, Tensor | None]:
+        """The next safeguard; which samples step plainly now, or None; and which of these restart from their best."""
         size = evaluation.size
-        blown = ~(size <= BLOW_UP * self.lowest)
         lower = size < 0.9 * self.lowest
+        if self.idle and bool(lower.all()):
+            return self._replace(lowest=size, since=torch.zeros_like(self.since)), None, None
+        blown = ~(size <= BLOW_UP * self.lowest)
         since = torch.where(lower, 0, self.since + 1)
         trip = (self.plain == 0) & ((since >= patience) | blown)
         plain = torch.where(trip, self.budget, (self.plain - 1).clamp(min=0))
@@ -46,4 +49,5 @@ class Safeguard(NamedTuple):
             plain,
             torch.where(trip, 2 * self.budget, self.budget),
         )
-        return guard, plain > 0, trip & blown
+        stepping = plain > 0
+        return guard._replace(idle=not bool(stepping.any())), stepping, trip & blown
