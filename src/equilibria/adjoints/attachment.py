@@ -1,16 +1,17 @@
 """What adjoints that differentiate at the solution have in common."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from equilibria.loop import Outcome
+from equilibria.loop import Agree, Outcome
 from equilibria.status import Status
 
 Pull = Callable[[Tensor, Tensor], Tensor]
+Seal = Callable[[Tensor], Tensor]
 
 
 class _Zero(torch.autograd.Function):
@@ -48,36 +49,69 @@ def attach(z: Tensor, image: Tensor, bad: Tensor | None, pull: Pull, refusal: st
     return z + _Zero.apply(delta, z, pull, refusal)
 
 
-def shield(outcome: Outcome) -> tuple[Tensor, Tensor | None, AbstractContextManager[Any]]:
+def shield(outcome: Outcome, agree: Agree = bool) -> tuple[Tensor, Tensor | None, AbstractContextManager[Seal]]:
     """Where to differentiate, which samples to leave out, and a context that keeps their NaN out of gradients.
 
     Zeroing a sample's gradient is not enough where `f` is not finite, since 0 * nan is nan in the sums over samples
-    that weights get. So such a sample takes the place of a good one, and what `f` saves for backward is freed of the
-    NaN that its own inputs bring.
+    that weights get. So such a sample takes the place of a good one; what `f` saves for backward inside the context is
+    freed of the NaN that its own inputs bring; and after `seal`, which the context gives and which takes what was
+    computed there, so are the gradients that pass from one operation to the next (0 / 0 where a derivative is
+    infinite). What is left is an operation that itself sums infinite derivatives over samples, as the w of w / x does
+    at x = 0: there the NaN stays to be seen.
     """
     bad = outcome.status == Status.NONFINITE
     z = outcome.z.detach()
-    if not bool(bad.any()):
-        return z, None, nullcontext()
+    if not agree(bool(bad.any())):
+        return z, None, nullcontext(lambda image: image)
     good = (~bad).nonzero().flatten()
     if len(good):
         z = torch.where(bad[:, None], z[good[0]], z)
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: _cleaned(tensor, bad), lambda tensor: tensor)
-    return z, bad, hooks
+    return z, bad, _sealing(bad)
+
+
+@contextmanager
+def _sealing(bad: Tensor) -> Iterator[Seal]:
+    start = torch._C._autograd._get_sequence_nr()
+
+    def clean(grad: Tensor | None) -> Tensor | None:
+        if grad is None or bool(torch.isfinite(grad).all()):
+            return grad
+        if bool(bad.all()):
+            return torch.zeros_like(grad)
+        if grad.ndim == 0 or grad.shape[0] % len(bad):
+            return grad
+        rows = grad.reshape(len(bad), -1)
+        return torch.where(bad[:, None] & ~torch.isfinite(rows), 0, rows).reshape(grad.shape)
+
+    def seal(image: Tensor) -> Tensor:
+        nodes, seen = [image.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            # Numbers grow as operations are recorded, and leaves have the highest: older nodes are not of this context.
+            if node is None or node in seen or not start <= node._sequence_nr() < 2**64 - 1:
+                continue
+            seen.add(node)
+            node.register_hook(lambda grads, _: tuple(map(clean, grads)))
+            nodes += [following for following, _ in node.next_functions]
+        return image
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _cleaned(tensor, bad), lambda tensor: tensor):
+        yield seal
 
 
 def _cleaned(tensor: Tensor, bad: Tensor) -> Tensor:
+    # By ones, since derivatives divide by what was saved.
     if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
         return tensor
     finite = tensor[torch.isfinite(tensor)]
     if tensor.ndim == 0 or tensor.shape[0] % len(bad) or not bool((finite != 0).any()):
         # Infinities among zeros alone are an attention mask, which all samples share.
-        return torch.where(torch.isnan(tensor), 0, tensor)
-    rows = torch.where(torch.isnan(tensor), 0, tensor).reshape(len(bad), -1)
+        return torch.where(torch.isnan(tensor), 1, tensor)
+    rows = torch.where(torch.isnan(tensor), 1, tensor).reshape(len(bad), -1)
     infinite = torch.isinf(rows)
     if bool(infinite[~bad].any()):
         return rows.reshape(tensor.shape)
-    return torch.where(infinite, 0, rows).reshape(tensor.shape)
+    return torch.where(infinite, 1, rows).reshape(tensor.shape)
 
 
 def autocast_state(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

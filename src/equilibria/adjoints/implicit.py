@@ -65,8 +65,8 @@ class Implicit:
         with torch.no_grad():
             outcome = solve(problem)
         z, bad, cleaning = shield(outcome)
-        with cleaning:
-            image = problem.apply(z)
+        with cleaning as seal:
+            image = seal(problem.apply(z))
         report.evaluations += 1
         autocast = autocast_state(z.device)
 

@@ -50,10 +50,11 @@ class Phantom:
             outcome = solve(problem)
         z, bad, cleaning = shield(outcome)
         step = z
-        with cleaning:
+        with cleaning as seal:
             for _ in range(self.steps):
                 image = problem.apply(step)
                 step = image if self.relaxation == 1 else torch.lerp(step, image, self.relaxation)
+            step = seal(step)
         report.evaluations += self.steps
         value = attach(z, step, bad, lambda z, v: v, REFUSAL)
         return value if bad is None else torch.where(bad[:, None], outcome.z, value), outcome

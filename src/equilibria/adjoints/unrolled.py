@@ -40,16 +40,21 @@ class Unrolled:
     def attach(
         self, problem: FixedPoint, solve: Solve, failures: Failures, report: AdjointReport
     ) -> tuple[Tensor, Outcome]:
+        f = problem.f
         if self.checkpoint:
-            problem.f = _checkpointed(problem.f)
+            problem.f = _checkpointed(f)
         outcome = solve(problem)
-        _, bad, cleaning = shield(outcome)
+        _, bad, cleaning = shield(outcome, failures.agree)
         if bad is None:
             return outcome.z, outcome
-        # Rare: once more, with the samples that met NaN left out of every evaluation's backward.
-        with cleaning:
+        # Rare: once more, with the samples that met NaN left out of every evaluation's backward; all in memory, since
+        # what a checkpoint computes again in backward could not be cleaned.
+        problem.f = f
+        with cleaning as seal:
             again = solve(problem)
-        return torch.where(bad[:, None], outcome.z.detach(), again.z), outcome
+            value = seal(torch.where(bad[:, None], outcome.z.detach(), again.z))
+        report.evaluations += again.evaluations
+        return value, outcome
 
 
 def _checkpointed(f: Callable[..., Any]) -> Callable[..., Any]:
