@@ -53,7 +53,7 @@ class SolveError(RuntimeError):
     """A solve failed and `on_failure` was "raise"; `status` and `residual` hold it per sample.
 
     >>> try:
-    ...     eq.fixed_point(lambda z: 2 * z + 1, torch.zeros(3, 2), solver=eq.Picard())
+    ...     eq.fixed_point(lambda z: z + 1, torch.zeros(3, 2), solver=eq.Picard())
     ... except eq.SolveError as error:
     ...     print(error.status)
     tensor([1, 1, 1])

@@ -71,7 +71,7 @@ def shield(outcome: Outcome, agree: Agree = bool) -> tuple[Tensor, Tensor | None
 
 @contextmanager
 def _sealing(bad: Tensor) -> Iterator[Seal]:
-    start = torch.autograd._get_sequence_nr()
+    start = torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
 
     def clean(grad: Tensor | None) -> Tensor | None:
         if grad is None or bool(torch.isfinite(grad).all()):

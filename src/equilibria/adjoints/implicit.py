@@ -29,7 +29,7 @@ class Implicit:
     >>> a = torch.tensor([[0.5]], requires_grad=True)
     >>> z = eq.fixed_point(lambda z: a * torch.cos(z), torch.zeros(1, 1), adjoint=eq.Implicit()).value
     >>> torch.autograd.grad(z.sum(), a)[0]
-    tensor([[0.7422]])
+    tensor([[0.7395]])
 
     For z = f(z, x) and a gradient v of z it solves u = v + J^T u, where J = df/dz, and hands u to f's own backward. The
     products J^T u come from one evaluation of f that backward makes.

@@ -19,7 +19,7 @@ class OneStep:
     >>> a = torch.tensor([[0.5]], requires_grad=True)
     >>> z = eq.fixed_point(lambda z: a * torch.cos(z), torch.zeros(1, 1), adjoint=eq.OneStep()).value
     >>> torch.autograd.grad(z.sum(), a)[0]
-    tensor([[0.9003]])
+    tensor([[0.9004]])
 
     Source: Fung et al. (2022), JFB: Jacobian-free backpropagation for implicit networks.
     """

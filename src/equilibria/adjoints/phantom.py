@@ -26,7 +26,7 @@ class Phantom:
     >>> a = torch.tensor([[0.5]], requires_grad=True)
     >>> z = eq.fixed_point(lambda z: a * torch.cos(z), torch.zeros(1, 1), adjoint=eq.Phantom(steps=3)).value
     >>> torch.autograd.grad(z.sum(), a)[0]
-    tensor([[0.7498]])
+    tensor([[0.7471]])
 
     Args:
         steps: steps to differentiate, at least 1; memory grows with them. With w = 1 the gradient is the Neumann series

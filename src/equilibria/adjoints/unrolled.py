@@ -23,7 +23,7 @@ class Unrolled:
     >>> a = torch.tensor([[0.5]], requires_grad=True)
     >>> z = eq.fixed_point(lambda z: a * torch.cos(z), torch.zeros(1, 1), adjoint=eq.Unrolled()).value
     >>> torch.autograd.grad(z.sum(), a)[0]
-    tensor([[0.7422]])
+    tensor([[0.7395]])
 
     It is the gradient of the iterate that was reached, converged or not, also with respect to the start `z0`.
 
