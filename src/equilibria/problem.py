@@ -142,7 +142,8 @@ class FixedPoint:
             numerators = [self._norm(leaf) for leaf in self.layout.leaves(residual.detach())]
             denominators = [self._norm(leaf) for leaf in self.layout.leaves(image.detach())]
             # Where norm(f(z)) overflows, so that any residual would seem small beside it, nothing is finite.
-            pairs = [(num + 0 * den, den) for num, den in zip(numerators, denominators, strict=True)]
+            numerators = [num + 0 * den for num, den in zip(numerators, denominators, strict=True)]
+            pairs = list(zip(numerators, denominators, strict=True))
             ratios = [torch.where(num == 0, num, num / den) for num, den in pairs]
             met = [num <= den * self.rtol + self.atol for num, den in pairs]
             if len(pairs) == 1:
