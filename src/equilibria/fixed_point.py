@@ -179,9 +179,10 @@ def solve(
         value = outcome.z
     failures.tell("solve", outcome.status, outcome.error)
     end = WarmStart(outcome.z.detach(), layout, solver, detached(outcome.memory))
+    problem.evaluations = outcome.evaluations
     aux = problem.take_aux(outcome.z.detach(), failures.agree)
     status, steps, error = (t.reshape(layout.batch_shape) for t in (outcome.status, outcome.steps, outcome.error))
-    return Solution(layout.unpack(value), status, steps, error, outcome.evaluations, aux, end, report)
+    return Solution(layout.unpack(value), status, steps, error, problem.evaluations, aux, end, report)
 
 
 def _resume(state: WarmStart, layout: Layout, solver: Solver) -> tuple[Tensor, Any]:

@@ -99,6 +99,7 @@ class FixedPoint:
         if not self.has_aux:
             return None
         if agree(self.aux_at is None or not torch.equal(self.aux_at, z)):
+            self.evaluations += 1
             with torch.no_grad():
                 self.apply(z)
         aux, self.aux, self.aux_at = self.aux, None, None
