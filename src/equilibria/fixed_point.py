@@ -166,9 +166,10 @@ def solve(
             callback(Iterate(problem.evaluations, layout.unpack(z.detach().clone()), error, status, active))
 
     def iterate(problem: FixedPoint) -> Outcome:
+        # An adjoint that has to solve once more does not tell the callback again.
+        tell = notify if callback is not None and problem.evaluations == 0 else None
         problem.evaluations = 0
         memory = solver.init(problem, z, previous)
-        tell = notify if callback is not None else None
         return run(problem, solver, z, memory, max_steps, tell, failures.agree)
 
     report = AdjointReport()
