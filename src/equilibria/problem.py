@@ -113,6 +113,8 @@ class FixedPoint:
         generators = _generators(z.device) if first else []
         before = [generator.get_state() for generator in generators]
         image = self.apply(z)
+        if not torch.is_grad_enabled() and len(self.layout.sizes) == 1:
+            image = image.clone()  # solvers keep it, and f may write all its outputs into one buffer of its own
         if changed():
             raise ValueError("f changed its state in place, and the solver still needs it: use z + ... for z += ...")
         if any(not torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True)):
