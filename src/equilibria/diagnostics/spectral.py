@@ -32,7 +32,8 @@ def spectral_radius(
         f: as for `eq.fixed_point`.
         z: the point, often the equilibrium; a state of any structure.
         args: handed to `f`.
-        rtol: relative accuracy asked of the Ritz value.
+        rtol: residual asked of the leading Ritz pair, relative to it; the error of the radius is of that order where
+            the Jacobian is near normal, and larger by the condition of the eigenvalue elsewhere.
         max_steps: products allowed; memory grows with them. Exact where they reach the size of the state.
         batch_dims: as for `eq.fixed_point`.
 
