@@ -66,7 +66,7 @@ class GMRES:
                 left = residual - operator(correction)
                 products, used = products + 1, used + 1
             left_size = torch.linalg.vector_norm(left, dim=1)
-            # Where x has outgrown b by 1 / eps, as on a singular A, its residual is noise, whatever the recurrence says.
+            # Where x has outgrown b by 1 / eps, as on a singular A, its residual is noise, whatever is computed.
             noise = 0.25 * torch.finfo(b.dtype).eps * torch.linalg.vector_norm(x + correction, dim=1)
             better = running & (left_size < size) & (noise < torch.maximum(left_size, rtol * scale))
             steps = torch.where(running, steps + used, steps)
