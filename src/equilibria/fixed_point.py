@@ -87,7 +87,7 @@ def fixed_point(
         TypeError, ValueError: an option or what `f` returned makes no sense; the message says what is allowed.
     """
     failures = Failures(on_failure, process_group)
-    return solve(
+    return _solve_uncompiled(
         f,
         z0,
         args,
@@ -179,11 +179,15 @@ def solve(
         outcome = iterate(problem)
         value = outcome.z
     failures.tell("solve", outcome.status, outcome.error)
-    end = WarmStart(outcome.z.detach(), layout, solver, detached(outcome.memory))
+    end = WarmStart(outcome.z.detach().clone(), layout, solver, detached(outcome.memory))
     problem.evaluations = outcome.evaluations
     aux = problem.take_aux(outcome.z.detach(), failures.agree)
     status, steps, error = (t.reshape(layout.batch_shape) for t in (outcome.status, outcome.steps, outcome.error))
     return Solution(layout.unpack(value), status, steps, error, problem.evaluations, aux, end, report)
+
+
+# The loop is data-dependent and holds no graph worth capturing; an f that is compiled stays compiled.
+_solve_uncompiled: Callable[..., Solution] = torch.compiler.disable(solve)  # pyright: ignore[reportAssignmentType]
 
 
 def _resume(state: WarmStart, layout: Layout, solver: Solver) -> tuple[Tensor, Any]:
