@@ -136,7 +136,7 @@ class DEQ(nn.Module):
                 "The start cannot be read off the first input, which is no floating tensor: give the cell a method "
                 "initial_state(*inputs), or call the layer with z0=..."
             )
-        return pytree.tree_map(torch.zeros_like, inputs[0])
+        return pytree.tree_map(_zeros_like, inputs[0])
 
     def _refuse_random(self) -> None:
         if not isinstance(self.cell, nn.Module):
@@ -157,3 +157,11 @@ class DEQ(nn.Module):
             f"max_steps={self.max_steps}, eval_max_steps={self.eval_max_steps}, norm={norm}, "
             f"on_failure={self.on_failure!r}, batch_dims={self.batch_dims}, readout={readout}"
         )
+
+
+def _zeros_like(leaf: Tensor) -> Tensor:
+    # Under autocast inputs come in half precision from the layer before, while a cell may return float32, as those that
+    # end in a normalisation do; and a state in half precision would round more than the products do.
+    kind = leaf.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32) if autocast else leaf.dtype)
