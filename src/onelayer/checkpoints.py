@@ -112,7 +112,7 @@ def save_numbered(folder: Path, step: int, checkpoint: Checkpoint) -> None:
     """
     folder.mkdir(exist_ok=True)
     write(folder / f"step-{step:08d}.safetensors", checkpoint)
-    for old in _numbered(folder)[KEPT:]:
+    for old in [*_numbered(folder)[KEPT:], *folder.glob(".*.partial")]:  # a run that was killed leaves half a file
         old.unlink()
 
 

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"onelayer: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("onelayer: interrupted; what was saved stays.", file=sys.stderr)
+        print("onelayer: interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -29,8 +29,8 @@ class TrainingConfig:
         warmup_steps: updates over which the learning rate rises to its peak.
         weight_decay: of matrices; gains of normalisations have none.
         gradient_clip: largest norm of the gradient.
-        unrolled_steps: first updates, taken through `unrolled_layers` plain applications of the block instead of its
-            equilibrium: cheaper while the equilibrium is still far from worth finding. 0 is none.
+        unrolled_steps: first updates of an equilibrium model, taken through `unrolled_layers` plain applications of the
+            block instead of its equilibrium: cheaper, and as good while little has been learnt. 0 is none.
         unrolled_layers: number of those applications.
         seed: of the initial weights and of the windows drawn.
         validate_every: updates between validations.
@@ -118,7 +118,21 @@ class RunConfig:
 
 PRESETS = {
     # Two CPU cores, about five minutes.
-    "small": RunConfig("small"),
+    "small": RunConfig(
+        "small",
+        model=TransformerConfig(width=128, heads=4, context=64),
+        training=TrainingConfig(
+            steps=800,
+            batch_size=16,
+            learning_rate=6e-3,
+            warmup_steps=30,
+            unrolled_steps=300,
+            validate_every=50,
+            validation_windows=128,
+            evaluation_windows=512,
+            save_every=50,
+        ),
+    ),
     # Seconds, to see that everything works; what it learns is not worth reading.
     "tiny": RunConfig(
         "tiny",
@@ -127,6 +141,7 @@ PRESETS = {
             steps=12,
             batch_size=4,
             warmup_steps=2,
+            unrolled_steps=2,
             validate_every=6,
             validation_windows=4,
             evaluation_windows=8,

@@ -88,6 +88,8 @@ def train(config: RunConfig, run: Path, resume: bool = False, command: str = "on
             if step % training.save_every == 0 or step == training.steps or signals.noted:
                 _save(run, model, optimizer, corpus, step, seconds)
             if signals.noted:
+                bar.close()
+                print(f"Saved at step {step}: onelayer train --resume {run} goes on from there.", file=sys.stderr)
                 raise KeyboardInterrupt
         metrics.close()
         bar.close()
@@ -126,7 +128,7 @@ def train_step(
         group["lr"] = learning_rate
     x, y = corpora.batch(corpus.train, step, training.batch_size, config.model.context, training.seed)
     x, y = x.to(training.device), y.to(training.device)
-    unrolled = step < training.unrolled_steps
+    unrolled = model.layer is not None and step < training.unrolled_steps
     model.train()
     with config.autocast(x.device):
         logits, solution = (model.unroll(x, training.unrolled_layers), None) if unrolled else model.solve(x)
