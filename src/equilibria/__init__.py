@@ -3,7 +3,7 @@
 from equilibria import diagnostics, nn
 from equilibria.adjoints import Adjoint, Implicit, OneStep, Phantom, Unrolled
 from equilibria.fixed_point import fixed_point
-from equilibria.linear import GMRES, LinearSolution, LinearSolver
+from equilibria.linear import GMRES, BiCGSTAB, ConjugateGradient, Dense, LinearSolution, LinearSolver
 from equilibria.loop import Iterate
 from equilibria.nn import DEQ, monitor
 from equilibria.norms import max_norm, rms_norm
@@ -19,7 +19,10 @@ __all__ = [
     "Adjoint",
     "AdjointReport",
     "Anderson",
+    "BiCGSTAB",
+    "ConjugateGradient",
     "ConvergenceWarning",
+    "Dense",
     "Implicit",
     "Iterate",
     "LinearSolution",
