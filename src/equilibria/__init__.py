@@ -7,8 +7,9 @@ from equilibria.linear import GMRES, BiCGSTAB, ConjugateGradient, Dense, LinearS
 from equilibria.loop import Iterate
 from equilibria.nn import DEQ, monitor
 from equilibria.norms import max_norm, rms_norm
+from equilibria.root import root
 from equilibria.solution import AdjointReport, Solution
-from equilibria.solvers import Anderson, Picard, Solver
+from equilibria.solvers import Anderson, Newton, Picard, Solver
 from equilibria.status import ConvergenceWarning, SolveError, Status
 
 __version__ = "0.1.0.dev0"
@@ -27,6 +28,7 @@ __all__ = [
     "Iterate",
     "LinearSolution",
     "LinearSolver",
+    "Newton",
     "OneStep",
     "Phantom",
     "Picard",
@@ -42,4 +44,5 @@ __all__ = [
     "monitor",
     "nn",
     "rms_norm",
+    "root",
 ]

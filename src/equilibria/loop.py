@@ -94,7 +94,7 @@ def run(
             since = torch.where(fell, 0, since + 1)
             reference = torch.where(fell, error, reference)
             converged = active & evaluation.satisfied & finite
-            stalled = (since >= STALL_WINDOW) & (best_error <= problem.level)
+            stalled = (since >= STALL_WINDOW) & (best_error <= problem.floor)
             failed = active & ~converged & (stalled | ~finite)
             ended = converged | failed
             # One look at the device a step; what only changes when a sample ends is touched only then.

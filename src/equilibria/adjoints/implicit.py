@@ -11,7 +11,7 @@ from equilibria.adjoints.protocol import Solve
 from equilibria.linear import GMRES, LinearSolution, LinearSolver
 from equilibria.loop import Agree, Outcome, run
 from equilibria.options import check_choice, check_integer, check_part, check_tolerance
-from equilibria.problem import RTOL, Affine, FixedPoint
+from equilibria.problem import RTOL, Affine, Equation
 from equilibria.solution import AdjointReport
 from equilibria.solvers import Picard, Solver
 from equilibria.status import Failures, Status
@@ -60,7 +60,7 @@ class Implicit:
         check_choice("order", self.order, (1,))
 
     def attach(
-        self, problem: FixedPoint, solve: Solve, failures: Failures, report: AdjointReport
+        self, problem: Equation, solve: Solve, failures: Failures, report: AdjointReport
     ) -> tuple[Tensor, Outcome]:
         with torch.no_grad():
             outcome = solve(problem)
@@ -84,7 +84,7 @@ class Implicit:
         product: Callable[[Tensor], Tensor],
         v: Tensor,
         bad: Tensor | None,
-        problem: FixedPoint,
+        problem: Equation,
         failures: Failures,
         report: AdjointReport,
     ) -> Tensor:

@@ -9,7 +9,7 @@ from equilibria.adjoints.attachment import attach, shield
 from equilibria.adjoints.protocol import Solve
 from equilibria.loop import Outcome
 from equilibria.options import check_fraction, check_integer
-from equilibria.problem import FixedPoint
+from equilibria.problem import Equation
 from equilibria.solution import AdjointReport
 from equilibria.status import Failures
 
@@ -44,7 +44,7 @@ class Phantom:
         check_fraction("relaxation", self.relaxation)
 
     def attach(
-        self, problem: FixedPoint, solve: Solve, failures: Failures, report: AdjointReport
+        self, problem: Equation, solve: Solve, failures: Failures, report: AdjointReport
     ) -> tuple[Tensor, Outcome]:
         with torch.no_grad():
             outcome = solve(problem)

@@ -57,4 +57,6 @@ class ConjugateGradient:
             beta = torch.where(running, new_square / square, 0)[:, None]
             direction = residual + beta * step
             square = new_square
-        return finish(operator, b, x, rtol, level, steps, products, torch.where(broken, Status.BREAKDOWN, Status.MAX_STEPS))
+        return finish(
+            operator, b, x, rtol, level, steps, products, torch.where(broken, Status.BREAKDOWN, Status.MAX_STEPS)
+        )

@@ -9,13 +9,15 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint, Implicit
-from equilibria.fixed_point import WarmStart, check_options, solve
 from equilibria.nn.monitor import record
 from equilibria.norms import Norm, rms_norm
 from equilibria.options import check_callable, check_integer
+from equilibria.problem import FixedPoint
 from equilibria.solution import Solution
+from equilibria.solve import WarmStart, check_options, solve
 from equilibria.solvers import Anderson, Solver
 from equilibria.status import Failures, Status
+from equilibria.tree import Layout
 
 
 class DEQ(nn.Module):
@@ -108,21 +110,18 @@ class DEQ(nn.Module):
     def _solve(self, inputs: tuple[Any, ...], keywords: dict[str, Any], z0: Any, state: WarmStart | None) -> Solution:
         self._refuse_random()
         max_steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
-        failures = Failures(self.on_failure, told=self._told)
-        solution = solve(
+        z0 = self._start(inputs) if z0 is None else z0
+        problem = FixedPoint(
             lambda z, *inputs: self.cell(z, *inputs, **keywords),
-            self._start(inputs) if z0 is None else z0,
             inputs,
-            self.solver,
-            self.adjoint,
+            Layout.of(z0, self.batch_dims),
+            self.norm,
             self.rtol,
             self.atol,
-            max_steps,
-            self.norm,
-            self.batch_dims,
-            failures,
-            state=state,
+            has_aux=False,
         )
+        failures = Failures(self.on_failure, told=self._told)
+        solution = solve(problem, z0, self.solver, self.adjoint, max_steps, failures, state)
         record(self, solution)
         return solution
 
