@@ -9,7 +9,7 @@ from equilibria.nn import DEQ, monitor
 from equilibria.norms import max_norm, rms_norm
 from equilibria.root import root
 from equilibria.solution import AdjointReport, Solution
-from equilibria.solvers import Anderson, Newton, Picard, Solver
+from equilibria.solvers import Anderson, Broyden, Newton, Picard, Solver
 from equilibria.status import ConvergenceWarning, SolveError, Status
 
 __version__ = "0.1.0.dev0"
@@ -21,6 +21,7 @@ __all__ = [
     "AdjointReport",
     "Anderson",
     "BiCGSTAB",
+    "Broyden",
     "ConjugateGradient",
     "ConvergenceWarning",
     "Dense",

@@ -36,7 +36,7 @@ class Affine:
         residual = image - u
         size = torch.linalg.vector_norm(residual, dim=1)
         error = torch.where(size == 0, size, size / self._scale)
-        return Evaluation(u, image, residual, error, size, size <= self.rtol * self._scale, u)
+        return Evaluation(u, image, residual, error, size, size <= self.rtol * self._scale, u, error)
 
     def linearize(self, u: Tensor) -> Linearization:
         """Products with M, which is its own derivative, and with its transpose."""

@@ -21,6 +21,7 @@ class Evaluation(NamedTuple):
         size: (batch,), the absolute norm of the residual, worst leaf.
         satisfied: (batch,) bool, the tolerance is met.
         best: (batch, n), the iterate of the lowest error so far.
+        best_error: (batch,), that error.
         values: (batch,), of the objective, where there is one.
     """
 
@@ -31,6 +32,7 @@ class Evaluation(NamedTuple):
     size: Tensor
     satisfied: Tensor
     best: Tensor
+    best_error: Tensor
     values: Tensor | None = None
 
 

@@ -35,4 +35,4 @@ class FixedPoint(Equation):
             error = self.worst([torch.where(num == 0, num, num / den) for num, den in pairs])
             met = [num <= den * rtol + atol for num, den in pairs]
             satisfied = met[0] if len(met) == 1 else torch.stack(met).all(dim=0)
-        return Evaluation(z, output, residual, error, self.worst(numerators), satisfied, z)
+        return Evaluation(z, output, residual, error, self.worst(numerators), satisfied, z, error)

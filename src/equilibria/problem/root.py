@@ -34,7 +34,7 @@ class Root(Equation):
                 self.floor = rounding_level(self.compute_dtype or z.dtype) * size
             satisfied = size <= self.atol
         values = getattr(self.f, "values", None)  # of a `Gradient`
-        return Evaluation(z, z - output, -output, size, size, satisfied, z, values)
+        return Evaluation(z, z - output, -output, size, size, satisfied, z, size, values)
 
 
 class Gradient:

@@ -17,12 +17,12 @@ SHORTEST = 1e-8
 
 
 class Memory(NamedTuple):
-    """The point that each sample searches from, its direction, and the step length on trial; (batch, n) and (batch,)."""
+    """The point that each sample searches from, its direction, and the length on trial."""
 
-    base: Tensor | None
-    size: Tensor | None
-    direction: Tensor | None
-    length: Tensor | None
+    base: Tensor | None  # (batch, n)
+    size: Tensor | None  # (batch,), norm of the residual there
+    direction: Tensor | None  # (batch, n)
+    length: Tensor | None  # (batch,)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Newton:
     Sources: Dembo, Eisenstat and Steihaug (1982); Knoll and Keyes (2004).
     """
 
-    linear_solver: LinearSolver = GMRES()
+    linear_solver: LinearSolver = GMRES()  # noqa: RUF009 (a frozen dataclass)
     linear_rtol: float = 1e-4
     max_products: int = 100
 
