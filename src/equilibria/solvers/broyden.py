@@ -67,17 +67,23 @@ class Broyden:
         scale, left, right = memory.scale, memory.left, memory.right
         filled = min(memory.seen, self.history)
         step = z - memory.z
+        last = memory.direction
+        if memory.seen == 0 and isinstance(problem, Root):
+            # The first step tells the scale of g, which the identity does not have (Barzilai and Borwein).
+            curvature = (step * (memory.residual - residual)).sum(dim=1, keepdim=True)
+            scale = torch.where(curvature != 0, step.square().sum(dim=1, keepdim=True) / curvature.abs(), scale)
+            last = scale * memory.residual
         direction, row = scale * residual, scale * step  # H r and H^T s
         if left is not None and right is not None:
             us, vs = left[:, :filled], right[:, :filled]
             direction = direction + torch.bmm(torch.bmm(residual[:, None], vs.mT), us)[:, 0]
             row = row + torch.bmm(torch.bmm(step[:, None], us.mT), vs)[:, 0]
-        moved = memory.direction - direction  # H y, for y = the fall of the residual
+        moved = last - direction  # H y, for y = the fall of the residual
         pivot = (step * moved).sum(dim=1, keepdim=True)
-        bound = torch.linalg.vector_norm(step, dim=1, keepdim=True) * torch.linalg.vector_norm(
-            moved, dim=1, keepdim=True
-        )
-        sound = (pivot.abs() > 1e-4 * bound) & torch.isfinite(pivot)  # frozen samples do not move: no rank from them
+        bound = torch.linalg.vector_norm(step, dim=1) * torch.linalg.vector_norm(moved, dim=1)
+        sound = (pivot.abs() > 1e-4 * bound[:, None]) & torch.isfinite(
+            pivot
+        )  # frozen samples do not move: no rank from them
         column = torch.where(sound, (step - moved) / torch.where(sound, pivot, 1), 0)
         row = torch.where(sound, row, 0)
         direction = direction + column * (row * residual).sum(dim=1, keepdim=True)
