@@ -144,6 +144,15 @@ def test_the_page_says_so_when_more_than_one_solve_in_twenty_hits_the_cap(on_val
         assert f"K is {64 if on_validation >= in_training else 32}." in sentence
 
 
+@given(once=st.floats(0, 8))
+def test_depth_counts_when_one_application_is_clearly_worse(once: float):
+    allowed = [{"max_steps": 1, "bits_per_byte": 8.0}, {"max_steps": 2, "bits_per_byte": once}]
+    final = runs.evaluation() | {"by_allowed_evaluations": allowed}
+    check = numbers.checks(Record("run", runs.CONFIG, [], [], final, []))[-1]
+    assert "applied once" in check.asked
+    assert check.holds == (once - 2.2 >= 0.2)
+
+
 def test_a_capped_run_says_so_on_its_page(tmp_path: Path):
     page = write_report(
         runs.write(tmp_path / "run", runs.CONFIG, lines(), runs.evaluation(share_at_cap=0.37))

@@ -44,16 +44,23 @@ class Unrolled:
         if self.checkpoint:
             problem.f = _checkpointed(f)
         outcome = solve(problem)
+        value = outcome.z
         _, bad, cleaning = shield(outcome, failures.agree)
-        if bad is None:
-            return outcome.z, outcome
-        # Rare: once more, with the samples that met NaN left out of every evaluation's backward; all in memory, since
-        # what a checkpoint computes again in backward could not be cleaned.
-        problem.f = f
-        with cleaning as seal:
-            again = solve(problem)
-            value = seal(torch.where(bad[:, None], outcome.z.detach(), again.z))
-        report.evaluations += again.evaluations
+        if bad is not None:
+            # Rare: once more, with the samples that met NaN left out of every evaluation's backward; all in memory,
+            # since what a checkpoint computes again in backward could not be cleaned.
+            problem.f = f
+            with cleaning as seal:
+                again = solve(problem)
+                value = seal(torch.where(bad[:, None], outcome.z.detach(), again.z))
+            report.evaluations += again.evaluations
+        if failures.agree(not value.requires_grad):
+            # Every sample is still at its start: its gradient is zero, as others' would be, and not an error.
+            z, _, cleaning = shield(outcome, failures.agree)
+            with cleaning as seal:
+                image = seal(problem.apply(z))
+            report.evaluations += 1
+            value = value + torch.where(torch.zeros_like(image, dtype=torch.bool), image, -0.0)
         return value, outcome
 
 

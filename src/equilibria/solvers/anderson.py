@@ -122,8 +122,8 @@ def _least_squares(gram: Tensor, target: Tensor, order: list[int]) -> Tensor:
         position = torch.arange(len(order), device=gram.device)
         sound = (info[:, None] == 0) | (position < info[:, None] - 1)
         keep = usable & sound & (lower.diagonal(dim1=1, dim2=2).square() > 8 * ridge)
-        redo = torch.is_grad_enabled() or not bool((keep == usable).all())
-    if redo:
+        kept = bool((keep == usable).all())
+    if torch.is_grad_enabled() or not kept:  # the factor above has no graph
         lower, _ = factor(keep)
     right = torch.where(keep, target * scale, 0)
     gamma = torch.cholesky_solve(right[:, :, None], lower)[:, :, 0] * scale

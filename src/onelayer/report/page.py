@@ -47,8 +47,9 @@ _CAPTIONS = {
     ),
     "allowed": (
         "What the evaluations buy",
-        "The same weights on the same text, with solves cut off after so many evaluations. The further a point lies "
-        "above the converged line, the more the evaluations after it matter; a model that ignores its depth is flat.",
+        "The same weights on the same text, with solves cut off after so many evaluations. The first evaluation looks "
+        "at the start, so at 1 the block has not been applied and at 2 it has been applied once. The further a point "
+        "lies above the converged line, the more the evaluations after it matter; a model that ignores depth is flat.",
     ),
     "convergence": (
         "How a solve converges",

@@ -1,0 +1,546 @@
+"""The law of gradients: exact where they claim to be, zero where a sample failed, and never wrong in silence."""
+
+import pytest
+import torch
+from maps import (
+    STRUCTURES,
+    Cell,
+    Counted,
+    expanding,
+    join,
+    leaves,
+    matrix,
+    normal,
+    same,
+    split,
+    tanh_map,
+    width,
+)
+from torch import Tensor, nn
+
+import equilibria as eq
+
+DOUBLE = torch.float64
+TIGHT = {"rtol": 1e-12, "atol": 0.0, "max_steps": 200, "on_failure": "ignore"}
+
+SOLVERS = {
+    "picard": eq.Picard(),
+    "picard-relaxed": eq.Picard(relaxation=0.7),
+    "anderson": eq.Anderson(),
+    "anderson-relaxed": eq.Anderson(relaxation=0.7),
+    "anderson-long": eq.Anderson(history=12),  # longer than the state
+}
+EXACT = {
+    "implicit": eq.Implicit(rtol=1e-12),
+    "implicit-gmres": eq.Implicit(solver=eq.GMRES(), rtol=1e-12),
+    "implicit-gmres-restarted": eq.Implicit(solver=eq.GMRES(restart=2), rtol=1e-12, max_steps=400),
+    "implicit-picard": eq.Implicit(solver=eq.Picard(), rtol=1e-12, max_steps=200),
+    "implicit-anderson": eq.Implicit(solver=eq.Anderson(), rtol=1e-12),
+    "unrolled": eq.Unrolled(),
+    "unrolled-checkpoint": eq.Unrolled(checkpoint=True),
+}
+EVERY = {**EXACT, "phantom": eq.Phantom(steps=3), "phantom-relaxed": eq.Phantom(3, relaxation=0.5), "one": eq.OneStep()}
+FIRST_ORDER = [eq.Implicit(), eq.Implicit(solver=eq.Picard()), eq.Phantom(2), eq.OneStep()]
+
+
+def named(table: dict):
+    return [pytest.param(value, id=name) for name, value in table.items()]
+
+
+def problem(structure: str, batch_dims: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    n, batch = width(structure), (2, 3)[:batch_dims]
+    w = matrix(n, seed, 0.4).requires_grad_()
+    x = normal(*batch, n, seed=seed + 1).requires_grad_()
+    return torch.zeros(*batch, n, dtype=DOUBLE), w, x
+
+
+# Against finite differences.
+
+SHAPES = [("tensor", 1), ("tuple", 1), ("dict", 1), ("nested", 1), ("nested", 0), ("nested", 2)]
+
+
+@pytest.mark.parametrize(("structure", "batch_dims"), SHAPES)
+@pytest.mark.parametrize("adjoint", named(EXACT))
+@pytest.mark.parametrize("solver", named(SOLVERS))
+def test_gradcheck_for_every_solver_adjoint_and_structure(solver, adjoint, structure, batch_dims):
+    zeros, w, x = problem(structure, batch_dims)
+    f, z0 = tanh_map(structure, batch_dims), split(zeros, structure)
+    options = {"solver": solver, "adjoint": adjoint, "batch_dims": batch_dims, **TIGHT}
+
+    def solve(w, x):  # w is captured, x is an argument
+        return tuple(leaves(eq.fixed_point(lambda z, x: f(z, w, x), z0, x, **options).value))
+
+    # Random projections of the whole Jacobian; the tests below look at every entry.
+    assert torch.autograd.gradcheck(solve, (w, x), fast_mode=True)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("adjoint", named(EXACT))
+@pytest.mark.parametrize("solver", named(SOLVERS))
+def test_gradcheck_of_every_entry(solver, adjoint, captured):
+    w, x = matrix(2, 0, 0.3).requires_grad_(), normal(2, 2, seed=1).requires_grad_()
+    options = {"solver": solver, "adjoint": adjoint, **TIGHT}
+
+    def f(z, w, x):
+        first, second = z["h"], z["c"][0]
+        rows = torch.tanh(torch.cat([first, second], dim=1) @ w + x)
+        return {"h": rows[:, :1], "c": (rows[:, 1:],)}
+
+    def solve(w, x):
+        zeros = torch.zeros(2, 1, dtype=DOUBLE)
+        z0 = {"h": zeros, "c": (zeros,)}
+        sol = (
+            eq.fixed_point(lambda z: f(z, w, x), z0, **options) if captured else eq.fixed_point(f, z0, w, x, **options)
+        )
+        return sol.value["h"], sol.value["c"][0]
+
+    assert torch.autograd.gradcheck(solve, (w, x))
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    [
+        eq.Implicit(rtol=1e-12),
+        eq.Implicit(solver=eq.GMRES(), rtol=1e-12),
+        eq.Implicit(solver=eq.Picard(relaxation=0.3), rtol=1e-12, max_steps=300),
+        eq.Implicit(solver=eq.Anderson(relaxation=0.3), rtol=1e-12),
+        eq.Unrolled(),
+        eq.Unrolled(checkpoint=True),
+    ],
+)
+@pytest.mark.parametrize("solver", [eq.Picard(relaxation=0.3), eq.Anderson(relaxation=0.3)])
+def test_gradcheck_on_a_map_that_expands(solver, adjoint):
+    a = torch.tensor([0.5, -0.3, 0.2], dtype=DOUBLE, requires_grad=True)
+    x = normal(2, 3, seed=0).requires_grad_()
+    zeros = torch.zeros(2, 3, dtype=DOUBLE)
+
+    def solve(a, x):
+        sol = eq.fixed_point(expanding, zeros, a, x, solver=solver, adjoint=adjoint, **TIGHT)
+        assert (sol.residual < 1e-12).all()
+        return sol.value
+
+    assert torch.autograd.gradcheck(solve, (a, x))
+
+
+@pytest.mark.parametrize("solver", named(SOLVERS))
+def test_gradcheck_of_the_start_of_an_unrolled_iteration(solver):
+    _, w, x = problem("tensor", 1)
+    z0 = normal(2, 4, seed=3).requires_grad_()
+    options = {"solver": solver, "adjoint": eq.Unrolled(), "max_steps": 3, "on_failure": "ignore", "rtol": 1e-13}
+    assert torch.autograd.gradcheck(lambda z, w: eq.fixed_point(tanh_map(), z, w, x, **options).value, (z0, w))
+
+
+# The value is the solver's, whatever the adjoint.
+
+
+@pytest.mark.parametrize("max_steps", [1, 2, 7, 60])
+@pytest.mark.parametrize("adjoint", named(EVERY))
+@pytest.mark.parametrize("solver", [eq.Picard(), eq.Picard(relaxation=0.3), eq.Anderson(relaxation=0.3)])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_the_value_with_grad_is_the_value_without_bit_for_bit(solver, adjoint, max_steps, dtype):
+    a = torch.tensor([0.5, -0.3, 0.2], dtype=dtype, requires_grad=True)
+    x = normal(5, 3, seed=0, dtype=dtype)
+    x[0, 0] = -0.0
+    x[3, 1] = torch.nan
+    z0 = torch.zeros(5, 3, dtype=dtype)
+    for f in (expanding, lambda z, a, x: torch.tanh(a * z + x), lambda z, a, x: x * (1 + a * z * 0)):
+        options = {"solver": solver, "max_steps": max_steps, "on_failure": "ignore"}
+        with torch.no_grad():
+            plain = eq.fixed_point(f, z0, a, x, **options)
+        attached = eq.fixed_point(f, z0, a, x, adjoint=adjoint, **options)
+        assert attached.value.requires_grad
+        assert same(attached.value, plain.value)
+        assert torch.equal(attached.status, plain.status)
+        assert torch.equal(attached.steps, plain.steps)
+        assert same(attached.residual, plain.residual)
+
+
+# Against other ways to the same number.
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("adjoint", named({k: v for k, v in EXACT.items() if k.startswith("implicit")}))
+def test_implicit_agrees_with_a_dense_solve(adjoint, seed):
+    zeros, w, x = problem("tensor", 1, seed)
+    v = normal(2, 4, seed=seed + 5)
+    z = eq.fixed_point(tanh_map(), zeros, w, x, adjoint=adjoint, **TIGHT).value
+    got_w, got_x = torch.autograd.grad(z, (w, x), v)
+    want_w, want_x = torch.zeros_like(w), torch.zeros_like(x)
+    for i in range(2):
+        point = z[i].detach()
+        jacobian = (1 - torch.tanh(point @ w + x[i]).square())[:, None] * w.T
+        u = torch.linalg.solve(torch.eye(4, dtype=DOUBLE) - jacobian.T, v[i])
+        more_w, more_x = torch.autograd.grad(torch.tanh(point @ w + x[i]), (w, x), u)
+        want_w, want_x = want_w + more_w, want_x + more_x
+    torch.testing.assert_close(got_w, want_w, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got_x, want_x, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_implicit_agrees_with_unrolling_to_convergence(structure):
+    zeros, w, x = problem(structure, 1)
+    gradients = []
+    for solver, adjoint in [(eq.Anderson(), eq.Implicit(rtol=1e-13)), (eq.Picard(), eq.Unrolled())]:
+        sol = eq.fixed_point(
+            tanh_map(structure), split(zeros, structure), w, x, solver=solver, adjoint=adjoint, **TIGHT
+        )
+        loss = sum(((k + 1) * leaf.sin()).sum() for k, leaf in enumerate(leaves(sol.value)))
+        gradients.append(torch.autograd.grad(loss, (w, x)))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("relaxation", [1.0, 0.5])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_phantom_is_the_gradient_of_its_steps(steps, relaxation):
+    zeros, w, x = problem("tensor", 1)
+    z = eq.fixed_point(tanh_map(), zeros, w, x, adjoint=eq.Phantom(steps, relaxation), **TIGHT).value
+    got = torch.autograd.grad(z.sin().sum(), (w, x))
+    walk = z.detach()
+    for _ in range(steps):
+        walk = (1 - relaxation) * walk + relaxation * tanh_map()(walk, w, x)
+    want = torch.autograd.grad(walk, (w, x), z.detach().cos())
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
+def test_one_step_is_a_phantom_of_one_step():
+    zeros, w, x = problem("tensor", 1)
+    gradients = []
+    for adjoint in (eq.OneStep(), eq.Phantom(1)):
+        z = eq.fixed_point(tanh_map(), zeros, w, x, adjoint=adjoint, **TIGHT).value
+        gradients.append(torch.autograd.grad(z.sin().sum(), (w, x)))
+    assert same(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("adjoint", [eq.Implicit(), eq.Implicit(solver=eq.Picard()), eq.Implicit(solver=eq.Anderson())])
+@pytest.mark.parametrize("exponent", [-8, -3, 3, 8])
+def test_the_scale_of_the_loss_changes_no_digit_of_the_gradient(exponent, adjoint, dtype):
+    w = matrix(4, 0, 0.8, dtype).requires_grad_()
+    x = normal(3, 4, seed=1, dtype=dtype).requires_grad_()
+    z = eq.fixed_point(tanh_map(), torch.zeros(3, 4, dtype=dtype), w, x, adjoint=adjoint).value
+    v = normal(3, 4, seed=2, dtype=dtype)
+    scale = torch.tensor(10.0**exponent, dtype=dtype)
+    reference = torch.autograd.grad(z, (w, x), v, retain_graph=True)
+    scaled = torch.autograd.grad(z, (w, x), v * scale)
+    bound = 100 * torch.finfo(dtype).eps
+    for one, other in zip(reference, scaled, strict=True):
+        torch.testing.assert_close(other / scale, one, rtol=bound, atol=bound * one.abs().max().item())
+
+
+def test_scales_of_loss_that_differ_between_samples_do_not_mix():
+    w, x = matrix(4, 0, 0.8), normal(3, 4, seed=1).requires_grad_()
+    z = eq.fixed_point(tanh_map(), torch.zeros(3, 4, dtype=DOUBLE), w, x).value
+    scale = torch.tensor([[1e-12], [1.0], [1e12]], dtype=DOUBLE)
+    (even,) = torch.autograd.grad(z, x, torch.ones_like(z), retain_graph=True)
+    (uneven,) = torch.autograd.grad(z, x, torch.ones_like(z) * scale)
+    torch.testing.assert_close(uneven / scale, even, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("adjoint", named(EVERY))
+def test_two_backwards_over_one_graph_are_equal(adjoint):
+    zeros, w, x = problem("tensor", 1)
+    z = eq.fixed_point(tanh_map(), zeros, w, x, adjoint=adjoint, **TIGHT).value
+    once = torch.autograd.grad(z.sum(), (w, x), retain_graph=True)
+    twice = torch.autograd.grad(z.sum(), (w, x))
+    assert same(once, twice)
+
+
+# Second derivatives.
+
+
+@pytest.mark.parametrize("adjoint", FIRST_ORDER)
+def test_second_derivatives_of_first_order_adjoints_are_refused_in_words(adjoint):
+    zeros, w, x = problem("tensor", 1)
+    z = eq.fixed_point(tanh_map(), zeros, w, x, adjoint=adjoint, **TIGHT).value
+    with pytest.raises(RuntimeError, match=r"create_graph.*eq\.Unrolled\(\)"):
+        torch.autograd.grad(z.sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"create_graph.*eq\.Unrolled\(\)"):
+        torch.autograd.functional.hessian(
+            lambda x: eq.fixed_point(tanh_map(), zeros, w, x, adjoint=adjoint, **TIGHT).value.sum(), x
+        )
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("solver", named(SOLVERS))
+def test_unrolled_has_second_derivatives(solver, checkpoint):
+    w = matrix(2, 0, 0.4).requires_grad_()
+    x = normal(2, 2, seed=1).requires_grad_()
+
+    options = {**TIGHT, "rtol": 1e-10, "solver": solver, "adjoint": eq.Unrolled(checkpoint=checkpoint)}
+    zeros = torch.zeros(2, 2, dtype=DOUBLE)
+
+    def solve(w, x):
+        return eq.fixed_point(lambda z: torch.tanh(z @ w + x), zeros, **options).value
+
+    assert torch.autograd.gradgradcheck(solve, (w, x), atol=1e-4)
+
+
+# Samples that fail.
+
+W = 3  # the entry that fails is in the middle of three samples
+
+
+def nan_input(z, w, x):
+    return torch.tanh(w * z * 0.3 + x)
+
+
+def log(z, w, x):
+    return torch.log(w * x + 0.1 * z * z)
+
+
+def log_of_nothing(z, w, x):
+    return torch.log(w * x) + 0.1 * z
+
+
+def root(z, w, x):
+    return torch.sqrt(0.1 * w * z + x)
+
+
+def power(z, w, x):
+    return (0.1 * w * z + x) ** 0.5
+
+
+def reciprocal(z, w, x):
+    return 1 / (w * x) + 0.1 * z
+
+
+def matmul(z, w, x):
+    mixed = torch.cat([z, x], dim=1) @ torch.stack([0.3 * w, 0.5 * w]).reshape(2, 1)
+    return torch.log(mixed.exp() - x.clamp(max=0) * 1e3 * mixed) + 0 * w
+
+
+def normed(z, w, x):
+    wide = torch.cat([z, x, x * x], dim=1)
+    return 0.2 * w * nn.functional.layer_norm(wide, (3,))[:, :1].softmax(dim=1) + 0.1 * (z + x)
+
+
+BAD = {
+    "nan": (nan_input, torch.nan),
+    "infinite": (lambda z, w, x: 0.3 * w * z + x, torch.inf),
+    "log of a negative number": (log, -5.0),
+    "log of zero": (log_of_nothing, 0.0),
+    "root of a negative number": (root, -5.0),
+    "power of a negative number": (power, -5.0),
+    "division by zero": (reciprocal, 0.0),
+    "nan through a matrix product": (matmul, torch.nan),
+    "nan through a normalisation": (normed, torch.nan),
+    "infinity through a normalisation": (normed, torch.inf),
+}
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("adjoint", named(EVERY))
+@pytest.mark.parametrize("solver", [eq.Picard(), eq.Anderson(relaxation=0.9)])
+@pytest.mark.parametrize("bad", named(BAD))
+def test_a_nonfinite_sample_gives_zero_gradient_and_disturbs_no_other(bad, solver, adjoint, captured):
+    f, value = bad
+    w = torch.tensor([0.8], dtype=DOUBLE, requires_grad=True)
+    options = {"solver": solver, "adjoint": adjoint, "rtol": 1e-11, "on_failure": "ignore"}
+
+    def gradients(entries: list[float], v: list[float]):
+        x = torch.tensor(entries, dtype=DOUBLE)[:, None].requires_grad_()
+        z0 = torch.ones(len(entries), 1, dtype=DOUBLE)
+        if captured:
+            sol = eq.fixed_point(lambda z: f(z, w, x), z0, **options)
+        else:
+            sol = eq.fixed_point(f, z0, w, x, **options)
+        return sol, torch.autograd.grad(sol.value, (w, x), torch.tensor(v, dtype=DOUBLE)[:, None])
+
+    sol, (got_w, got_x) = gradients([3.0, value, 2.0], [1.0, 1.0, -2.0])
+    _, (want_w, want_x) = gradients([3.0, 2.0], [1.0, -2.0])
+    assert sol.status.tolist() == [eq.Status.CONVERGED, eq.Status.NONFINITE, eq.Status.CONVERGED]
+    assert got_x[1].item() == 0
+    torch.testing.assert_close(got_w, want_w, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(got_x[[0, 2]], want_x, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("adjoint", named(EVERY))
+@pytest.mark.parametrize("solver", [eq.Picard(), eq.Anderson()])
+def test_nan_that_comes_up_late_gives_zero_gradient_too(solver, adjoint):
+    # The second sample walks upwards from 1 by factors of 3 until the root of 10 - z is none.
+    w = torch.tensor([0.5], dtype=DOUBLE, requires_grad=True)
+
+    def f(z, w, slope):
+        return w + slope * z + 0 * torch.sqrt(10 - z)
+
+    def gradients(slopes):
+        slope = torch.tensor(slopes, dtype=DOUBLE)[:, None].requires_grad_()
+        z0 = torch.ones(len(slopes), 1, dtype=DOUBLE)
+        options = {"solver": eq.Picard(), "adjoint": adjoint, "rtol": 1e-11, "on_failure": "ignore"}
+        sol = eq.fixed_point(f, z0, w, slope, **options)
+        return sol, torch.autograd.grad(sol.value.sum(), (w, slope))
+
+    sol, (got_w, got_slope) = gradients([0.5, 3.0, -0.4])
+    _, (want_w, want_slope) = gradients([0.5, -0.4])
+    assert sol.status.tolist() == [0, eq.Status.NONFINITE, 0]
+    assert sol.steps[1] > 2
+    assert torch.isfinite(sol.value).all()
+    assert got_slope[1].item() == 0
+    torch.testing.assert_close(got_w, want_w, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got_slope[[0, 2]], want_slope, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("adjoint", named(EVERY))
+def test_where_every_sample_is_nonfinite_every_gradient_is_zero(adjoint, batch_dims):
+    w = torch.tensor([0.5], dtype=DOUBLE, requires_grad=True)
+    x = torch.tensor([[-5.0], [-4.0]], dtype=DOUBLE, requires_grad=True)
+    z0 = torch.ones(2, 1, dtype=DOUBLE)
+    for f in (log, root, power):
+        sol = eq.fixed_point(f, z0, w, x, adjoint=adjoint, batch_dims=batch_dims, on_failure="ignore")
+        assert (sol.status == eq.Status.NONFINITE).all()
+        gradients = torch.autograd.grad(sol.value.nan_to_num().sum(), (w, x))
+        assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("adjoint", named(EVERY))
+def test_a_cell_with_nan_in_one_sample_trains_on_the_others(adjoint):
+    torch.manual_seed(0)
+    layer = eq.DEQ(Cell(6), adjoint=adjoint, on_failure="ignore", rtol=1e-12, max_steps=100)
+    head = nn.Linear(6, 2, dtype=DOUBLE)
+    x = normal(4, 6, seed=1)
+    broken = x.clone()
+    broken[2, 3] = torch.nan
+
+    def parameters_after(batch, rows):
+        layer.zero_grad()
+        layer(batch)[rows].square().sum().backward()
+        return [p.grad.clone() for p in layer.parameters()]
+
+    assert head(layer(broken)).isfinite().all()
+    good = [0, 1, 3]
+    torch.testing.assert_close(
+        parameters_after(broken, slice(None)), parameters_after(x[good], slice(None)), rtol=1e-11, atol=1e-13
+    )
+
+
+def test_a_gradient_that_comes_in_as_nan_goes_on_as_nan():
+    # Loss scalers look for it: hiding it would make them step.
+    zeros, w, x = problem("tensor", 1)
+    z = eq.fixed_point(tanh_map(), zeros, w, x).value
+    v = torch.ones_like(z)
+    v[0, 0] = torch.nan
+    grad_w, grad_x = torch.autograd.grad(z, (w, x), v)
+    assert grad_w.isnan().any()
+    assert grad_x[0].isnan().any()
+    assert grad_x[1].isfinite().all()
+
+
+@pytest.mark.parametrize("adjoint", named(EVERY))
+def test_a_sample_that_ran_out_of_steps_keeps_its_gradient(adjoint):
+    w = torch.tensor([0.999], dtype=DOUBLE, requires_grad=True)
+    x = torch.tensor([[1.0], [2.0]], dtype=DOUBLE, requires_grad=True)
+    z0 = torch.zeros(2, 1, dtype=DOUBLE)
+    sol = eq.fixed_point(
+        lambda z, w, x: w * z + x, z0, w, x, solver=eq.Picard(), adjoint=adjoint, max_steps=5, on_failure="ignore"
+    )
+    assert sol.status.tolist() == [eq.Status.MAX_STEPS] * 2
+    for gradient in torch.autograd.grad(sol.value.sum(), (w, x)):
+        assert (gradient > 0).all()
+
+
+# What gets gradients, and how often.
+
+
+@pytest.mark.parametrize("adjoint", named(EVERY))
+def test_frozen_parameters_and_inputs_that_need_none_get_none(adjoint):
+    zeros, w, x = problem("tensor", 1)
+    frozen = w.detach()
+    z = eq.fixed_point(tanh_map(), zeros, frozen, x, adjoint=adjoint, **TIGHT).value
+    z.sum().backward()
+    assert frozen.grad is None
+    assert x.grad is not None
+    data = x.detach()
+    z = eq.fixed_point(tanh_map(), zeros, w, data, adjoint=adjoint, **TIGHT).value
+    z.sum().backward()
+    assert data.grad is None
+    assert w.grad is not None
+    z = eq.fixed_point(tanh_map(), zeros, frozen, data, adjoint=adjoint, **TIGHT).value
+    assert not z.requires_grad
+    with torch.no_grad():
+        assert not eq.fixed_point(tanh_map(), zeros, w, x, adjoint=adjoint, **TIGHT).value.requires_grad
+
+
+@pytest.mark.parametrize("adjoint", named(EVERY))
+def test_a_map_that_ignores_its_state_has_the_plain_gradient(adjoint):
+    w = normal(3, seed=0).requires_grad_()
+    z = eq.fixed_point(lambda z: torch.sin(w).expand(2, 3), torch.zeros(2, 3, dtype=DOUBLE), adjoint=adjoint).value
+    (got,) = torch.autograd.grad(z.sum(), w)
+    if isinstance(adjoint, eq.Phantom) and adjoint.relaxation < 1:
+        got = got / (1 - (1 - adjoint.relaxation) ** adjoint.steps)
+    torch.testing.assert_close(got, 2 * w.cos(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("adjoint", named(EVERY))
+def test_a_layer_used_twice_adds_both_gradients(adjoint):
+    layer = eq.DEQ(Cell(4), adjoint=adjoint, rtol=1e-13, max_steps=100, on_failure="ignore")
+    x = normal(3, 4, seed=0)
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, tuple(layer.parameters()))
+
+    composed = gradient(layer(layer(x)).sum())
+    inner = layer(x)
+    middle = inner.detach().requires_grad_()
+    outer = layer(middle).sum()
+    (v,) = torch.autograd.grad(outer, middle, retain_graph=True)
+    apart = [a + b for a, b in zip(gradient(outer), gradient((inner * v).sum()), strict=True)]
+    torch.testing.assert_close(list(composed), apart, rtol=1e-11, atol=1e-13)
+
+
+class Nested(nn.Module):
+    """A cell whose own step solves for an equilibrium."""
+
+    def __init__(self, adjoint) -> None:
+        super().__init__()
+        self.inner = eq.DEQ(Cell(3, norm=0.5), adjoint=adjoint, rtol=1e-14, max_steps=100, on_failure="ignore")
+        self.mix = nn.Parameter(matrix(3, 3, 0.4))
+
+    def forward(self, z, x):
+        return torch.tanh(self.inner(z @ self.mix + x)) * 0.9
+
+
+@pytest.mark.parametrize("inner", [eq.Implicit(rtol=1e-13), eq.Unrolled()])
+@pytest.mark.parametrize("outer", [eq.Implicit(rtol=1e-12), eq.Implicit(solver=eq.Picard(), rtol=1e-12), eq.Unrolled()])
+def test_gradcheck_of_an_equilibrium_inside_an_equilibrium(outer, inner):
+    layer = eq.DEQ(Nested(inner), adjoint=outer, rtol=1e-13, max_steps=100, on_failure="ignore")
+    x = normal(2, 3, seed=0).requires_grad_()
+    parameters = tuple(layer.parameters())
+    names = [name for name, _ in layer.named_parameters()]
+
+    def solve(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(solve, (x, *parameters), fast_mode=True)
+
+
+def test_gradients_flow_in_eval_as_in_train():
+    layer = eq.DEQ(Cell(4), rtol=1e-12)
+    x = normal(3, 4, seed=0).requires_grad_()
+    gradients = []
+    for mode in (True, False):
+        layer.train(mode)
+        gradients.append(torch.autograd.grad(layer(x).sum(), (x, *layer.parameters())))
+    assert same(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("adjoint", named(EVERY))
+def test_hooks_on_parameters_fire_once_a_backward(adjoint):
+    layer = eq.DEQ(Cell(4), adjoint=adjoint, rtol=1e-8)
+    fired = Counted(lambda parameter: None)
+    seen = Counted(lambda gradient: None)
+    for parameter in layer.parameters():
+        parameter.register_post_accumulate_grad_hook(fired)
+        parameter.register_hook(seen)
+    layer(normal(3, 4, seed=0)).sum().backward()
+    assert fired.calls == seen.calls == 2
+
+
+def test_a_state_of_which_only_a_part_is_used_has_its_gradient():
+    zeros, w, x = problem("nested", 1)
+    sol = eq.fixed_point(tanh_map("nested"), split(zeros, "nested"), w, x, **TIGHT)
+    (got,) = torch.autograd.grad(sol.value["b"].sum(), w, retain_graph=True)
+    mask = torch.zeros(width("nested"), dtype=DOUBLE)
+    mask[-2:] = 1
+    (want,) = torch.autograd.grad((join(sol.value, 1) * mask).sum(), w)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
