@@ -25,7 +25,7 @@ TIGHT = {"rtol": 1e-12, "atol": 0.0, "max_steps": 200, "on_failure": "ignore"}
 
 SOLVERS = {
     "picard": eq.Picard(),
-    "picard-relaxed": eq.Picard(relaxation=0.7),
+    "picard-relaxed": eq.Picard(relaxation=0.85),
     "anderson": eq.Anderson(),
     "anderson-relaxed": eq.Anderson(relaxation=0.7),
     "anderson-long": eq.Anderson(history=12),  # longer than the state
@@ -49,7 +49,7 @@ def named(table: dict):
 
 def problem(structure: str, batch_dims: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     n, batch = width(structure), (2, 3)[:batch_dims]
-    w = matrix(n, seed, 0.4).requires_grad_()
+    w = matrix(n, seed, 0.3).requires_grad_()
     x = normal(*batch, n, seed=seed + 1).requires_grad_()
     return torch.zeros(*batch, n, dtype=DOUBLE), w, x
 
@@ -78,7 +78,7 @@ def test_gradcheck_for_every_solver_adjoint_and_structure(solver, adjoint, struc
 @pytest.mark.parametrize("adjoint", named(EXACT))
 @pytest.mark.parametrize("solver", named(SOLVERS))
 def test_gradcheck_of_every_entry(solver, adjoint, captured):
-    w, x = matrix(2, 0, 0.3).requires_grad_(), normal(2, 2, seed=1).requires_grad_()
+    w, x = matrix(2, 0, 0.2).requires_grad_(), normal(2, 2, seed=1).requires_grad_()
     options = {"solver": solver, "adjoint": adjoint, **TIGHT}
 
     def f(z, w, x):
@@ -277,8 +277,6 @@ def test_unrolled_has_second_derivatives(solver, checkpoint):
 
 # Samples that fail.
 
-W = 3  # the entry that fails is in the middle of three samples
-
 
 def nan_input(z, w, x):
     return torch.tanh(w * z * 0.3 + x)
@@ -355,25 +353,27 @@ def test_a_nonfinite_sample_gives_zero_gradient_and_disturbs_no_other(bad, solve
 
 
 @pytest.mark.parametrize("adjoint", named(EVERY))
-@pytest.mark.parametrize("solver", [eq.Picard(), eq.Anderson()])
-def test_nan_that_comes_up_late_gives_zero_gradient_too(solver, adjoint):
-    # The second sample walks upwards from 1 by factors of 3 until the root of 10 - z is none.
+@pytest.mark.parametrize(
+    ("solver", "limit", "last"), [(eq.Picard(), 300, 6), (eq.Picard(), 3, 2), (eq.Anderson(), 3, 2)]
+)
+def test_nan_that_comes_up_late_gives_zero_gradient_too(solver, limit, last, adjoint):
+    # The second sample walks upwards from 1 by factors of 3 until limit - z has no root.
     w = torch.tensor([0.5], dtype=DOUBLE, requires_grad=True)
 
     def f(z, w, slope):
-        return w + slope * z + 0 * torch.sqrt(10 - z)
+        return w + slope * z + 0 * torch.sqrt(limit - z)
 
     def gradients(slopes):
         slope = torch.tensor(slopes, dtype=DOUBLE)[:, None].requires_grad_()
         z0 = torch.ones(len(slopes), 1, dtype=DOUBLE)
-        options = {"solver": eq.Picard(), "adjoint": adjoint, "rtol": 1e-11, "on_failure": "ignore"}
+        options = {"solver": solver, "adjoint": adjoint, "rtol": 1e-11, "on_failure": "ignore"}
         sol = eq.fixed_point(f, z0, w, slope, **options)
         return sol, torch.autograd.grad(sol.value.sum(), (w, slope))
 
     sol, (got_w, got_slope) = gradients([0.5, 3.0, -0.4])
     _, (want_w, want_slope) = gradients([0.5, -0.4])
     assert sol.status.tolist() == [0, eq.Status.NONFINITE, 0]
-    assert sol.steps[1] > 2
+    assert sol.steps[1] == last
     assert torch.isfinite(sol.value).all()
     assert got_slope[1].item() == 0
     torch.testing.assert_close(got_w, want_w, rtol=1e-12, atol=0)
