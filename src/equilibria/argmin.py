@@ -45,7 +45,7 @@ def argmin(
     tensor([[0.5898, 0.8351]], grad_fn=<...>)
 
     A sample has converged when norm(gradient) <= atol in every leaf of the state: a minimum where the solver descends,
-    as `LBFGS` and `GradientDescent` do; `Newton` finds any stationary point, which of a convex objective is the minimum.
+    as `LBFGS` and `GradientDescent` do; `Newton` finds any stationary point, the minimum of a convex objective.
 
     Args:
         objective: from a state and `args` to one scalar a sample, of the shape of the batch dimensions; twice

@@ -14,8 +14,8 @@ from equilibria.solution import AdjointReport
 from equilibria.status import Failures
 
 REFUSAL = (
-    "Phantom, OneStep and Neumann approximate first derivatives and have no second ones: take them without create_graph=True, "
-    "or use eq.Implicit(order=2)."
+    "Phantom, OneStep and Neumann approximate first derivatives and have no second ones: take them without "
+    "create_graph=True, or use eq.Implicit(order=2)."
 )
 
 
