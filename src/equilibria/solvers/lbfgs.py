@@ -25,12 +25,12 @@ class Pair(NamedTuple):
 class Memory(NamedTuple):
     """The point that each sample searches from, and what is on trial."""
 
-    base: Tensor | None  # (batch, n)
-    value: Tensor | None  # (batch,), of the objective there
-    downhill: Tensor | None  # (batch, n), minus the gradient there
-    direction: Tensor | None  # (batch, n)
-    length: Tensor | None  # (batch,)
-    scale: Tensor | None  # (batch,), of the inverse Hessian, from the newest pair
+    base: Tensor  # (batch, n)
+    value: Tensor  # (batch,), of the objective there
+    downhill: Tensor  # (batch, n), minus the gradient there
+    direction: Tensor  # (batch, n)
+    length: Tensor  # (batch,)
+    scale: Tensor  # (batch,), of the inverse Hessian, from the newest pair
     pairs: tuple[Pair, ...]  # oldest first
 
 
@@ -53,23 +53,19 @@ class LBFGS:
     def __post_init__(self) -> None:
         check_integer("history", self.history, 1)
 
-    def init(self, problem: Problem, z: Tensor, previous: Memory | None = None) -> Memory:
-        return Memory(None, None, None, None, None, None, ())
+    def init(self, problem: Problem, z: Tensor, previous: Memory | None = None) -> None:
+        return None
 
-    def step(self, problem: Problem, evaluation: Evaluation, memory: Memory) -> tuple[Tensor, Memory]:
+    def step(self, problem: Problem, evaluation: Evaluation, memory: Memory | None) -> tuple[Tensor, Memory]:
         z, downhill, value = evaluation.z, evaluation.residual, evaluation.values
         if value is None:
             raise TypeError("LBFGS minimises an objective: use it with eq.argmin; for this take eq.Broyden().")
-        base, old_value, old_downhill = memory.base, memory.value, memory.downhill
-        direction, length, scale = memory.direction, memory.length, memory.scale
-        if base is None or old_value is None or old_downhill is None:
+        if memory is None:
             # The first step is no longer than the state may plausibly be from its minimum.
             length = (1 / torch.linalg.vector_norm(downhill, dim=1)).nan_to_num(posinf=1).clamp(max=1)
             memory = Memory(z, value, downhill, downhill, length, torch.ones_like(length), ())
             return z + length[:, None] * downhill, memory
-        assert direction is not None
-        assert length is not None
-        assert scale is not None
+        base, old_value, old_downhill, direction, length, scale, pairs = memory
         slope = -dot(old_downhill, direction)
         rounding = 10 * torch.finfo(value.dtype).eps * old_value.abs()
         flat = ((value - old_value).abs() <= rounding) & (dot(downhill, downhill) <= dot(old_downhill, old_downhill))
@@ -79,7 +75,7 @@ class LBFGS:
         curvature, square = dot(step, fall), dot(fall, fall)
         sound = curvature > 1e-10 * (dot(step, step) * square).sqrt()  # keeps the inverse Hessian positive
         weight = torch.where(sound, 1 / torch.where(sound, curvature, 1), 0)
-        pairs = (*memory.pairs, Pair(step, fall, weight))[-self.history :]
+        pairs = (*pairs, Pair(step, fall, weight))[-self.history :]
         scale = torch.where(sound, curvature / torch.where(sound, square, 1), scale)
         base, old_downhill = torch.where(row, z, base), torch.where(row, downhill, old_downhill)
         direction = torch.where(row, _apply_inverse(pairs, scale, old_downhill), direction)
