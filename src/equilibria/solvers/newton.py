@@ -57,6 +57,11 @@ class Newton:
         return None
 
     def step(self, problem: Problem, evaluation: Evaluation, memory: Memory | None) -> tuple[Tensor, Memory]:
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "Newton cannot be unrolled, since its directions come from solves of their own: differentiate its "
+                "solution by eq.Implicit(), or unroll eq.Broyden()."
+            )
         z, residual = evaluation.z, evaluation.residual
         size = torch.linalg.vector_norm(residual, dim=1)
         if memory is None:
