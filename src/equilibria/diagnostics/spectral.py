@@ -45,7 +45,7 @@ def spectral_radius(
     Source: Arnoldi (1951); Saad (2011), Numerical methods for large eigenvalue problems, section 6.2.
     """
     check_callable("f", f)
-    check_tolerance("rtol", rtol)
+    check_tolerance("rtol", rtol, optional=False)
     check_integer("max_steps", max_steps, 1)
     check_integer("batch_dims", batch_dims, 0)
     layout = Layout.of(z, batch_dims)
