@@ -27,8 +27,8 @@ def non_normality(
     matrices. Departures in parts of the Jacobian that are smaller than its leading part do not count; the classical
     measure of those (Henrici, 1962) needs every eigenvalue, which products with J alone do not give.
 
-    Accurate to about `rtol` absolutely; on nilpotent Jacobians of index k it comes out low by about eps ** (1 / k), as
-    their radius comes out high.
+    Accurate to about `rtol`, times the condition number of the leading eigenvalue; on nilpotent Jacobians of index k it
+    comes out low by about eps ** (1 / k), as their radius comes out high.
 
     Args:
         f, z, args: as for `eq.diagnostics.spectral_radius`.

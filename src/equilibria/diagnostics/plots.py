@@ -19,7 +19,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
     from matplotlib.patches import Circle
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, NullFormatter
 except ImportError as error:
     raise ImportError("equilibria.diagnostics.plots needs matplotlib: pip install 'equilibria[viz]'.") from error
 
@@ -50,14 +50,15 @@ def plot_trace(trace: Trace, ax: Axes | None = None) -> Axes:
     evaluations = trace.evaluations.tolist()
     curves = trace.residual.reshape(len(evaluations), -1).T.tolist()
     converged = trace.solution.converged.flatten().tolist()
-    width, opacity = (1.6, 0.9) if len(curves) <= 8 else (0.9, max(0.15, 4 / len(curves)))
+    # Many samples are a cloud: thinner, and lighter where few of them run.
+    width, opacity, dot = (1.6, 0.9, 5) if len(curves) <= 8 else (0.9, max(0.2, 12 / len(curves)), 3)
     for curve, good in zip(curves, converged, strict=True):
         points = [(x, y) for x, y in zip(evaluations, curve, strict=True) if math.isfinite(y) and y > 0]
         if not points:
             continue
         style, colour = ("-", BLUE) if good else ("--", VERMILLION)
         ax.plot(*zip(*points, strict=True), style, color=colour, linewidth=width, alpha=opacity)
-        ax.plot(*points[-1], marker="o" if good else "X", color=colour, markersize=5, zorder=3, clip_on=False)
+        ax.plot(*points[-1], marker="o" if good else "X", color=colour, markersize=dot, zorder=3, clip_on=False)
     handles = []
     if any(converged):
         handles.append(Line2D([], [], color=BLUE, marker="o", markersize=5, label="converged"))
@@ -95,17 +96,19 @@ def plot_spectrum(spectrum: Spectrum, ax: Axes | None = None, rtol: float = 1e-3
     ax.axvline(0, color=GREY, linewidth=0.5, alpha=0.5, zorder=0)
     for chosen, fill in ((known & ~settled, "none"), (settled, BLUE)):
         points = spectrum.values[chosen]
-        edge = GREY if fill == "none" else "white"
+        edge = GREY if fill == "none" else "none"
         ax.scatter(
             points.real.tolist(), points.imag.tolist(), s=26, facecolors=fill, edgecolors=edge, linewidths=0.7, zorder=3
         )
     reach = 1.12 * max(1.0, float(sizes.max()) if sizes.numel() else 1.0)
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel="real part", ylabel="imaginary part")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_locator(MaxNLocator(5))
     handles = [Line2D([], [], color=GREY, linestyle="--", linewidth=1.2, label="unit circle")]
     if bool(settled.any()):
         handles.append(_dot(BLUE, "o", "eigenvalue"))
     if bool((known & ~settled).any()):
-        handles.append(_dot(GREY, "o", "Ritz value, not converged", hollow=True))
+        handles.append(_dot(GREY, "o", "not converged", hollow=True))
     return _tidy(ax, handles)
 
 
@@ -132,9 +135,11 @@ def plot_path_independence(paths: PathIndependence, ax: Axes | None = None) -> A
     first, second = torch.triu_indices(starts, starts, offset=1)
     same, other = [], []
     for sample, distances in enumerate(pairs[:, first, second].tolist()):
-        for distance in distances:
+        for k, distance in enumerate(distances):
             if math.isfinite(distance):
-                (other if distance > DISTINCT else same).append((sample, max(distance, floor)))
+                # Side by side, so that equal distances do not hide each other.
+                place = sample + 0.5 * ((k + 0.5) / len(distances) - 0.5), max(distance, floor)
+                (other if distance > DISTINCT else same).append(place)
     for points, colour, marker in ((same, BLUE, "o"), (other, VERMILLION, "D")):
         if points:
             ax.scatter(*zip(*points, strict=True), s=18, color=colour, marker=marker, alpha=0.6, linewidths=0, zorder=3)
@@ -188,13 +193,15 @@ def plot_gradient_quality(quality: GradientQuality | Mapping[str, GradientQualit
                 place = (max(error, floor), row + offset)
                 ax.plot(*place, marker, color=colour, markersize=6, zorder=3, clip_on=False)
                 text = "" if math.isnan(cosine) else f"cos {_cosine(cosine)}"
-                ax.annotate(text, place, (6, 0), textcoords="offset points", va="center", fontsize=7.5, color=GREY)
+                note = ax.annotate(text, place, (6, 0), textcoords="offset points", va="center", fontsize=7.5)
+                note.set(color=GREY, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
         handles.append(_dot(colour, marker, label))
     ax.set_xscale("log")
     errors = torch.cat([one.relative_error for one in several.values()])
     errors = errors[torch.isfinite(errors)].clamp(min=floor)
     if len(errors):
-        ax.set_xlim(float(errors.min()) / 4, max(2.0, float(errors.max()) * 30))
+        ax.set_xlim(min(0.02, float(errors.min()) / 4), max(4.0, float(errors.max()) * 10))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     ax.axvline(1, color=GREY, linewidth=0.9, linestyle=":")
