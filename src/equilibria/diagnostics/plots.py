@@ -192,7 +192,7 @@ def plot_gradient_quality(quality: GradientQuality | Mapping[str, GradientQualit
             if math.isfinite(error):
                 place = (max(error, floor), row + offset)
                 ax.plot(*place, marker, color=colour, markersize=6, zorder=3, clip_on=False)
-                text = "" if math.isnan(cosine) else f"cos {_cosine(cosine)}"
+                text = "" if math.isnan(cosine) else f"cos {cosine:.3f}"
                 note = ax.annotate(text, place, (6, 0), textcoords="offset points", va="center", fontsize=7.5)
                 note.set(color=GREY, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
         handles.append(_dot(colour, marker, label))
@@ -207,10 +207,6 @@ def plot_gradient_quality(quality: GradientQuality | Mapping[str, GradientQualit
     ax.axvline(1, color=GREY, linewidth=0.9, linestyle=":")
     ax.set_xlabel("relative error of the gradient")
     return _tidy(ax, handles if len(several) > 1 or "" not in several else [])
-
-
-def _cosine(value: float) -> str:
-    return f"{value:.2f}" if value < 0.995 else ("1" if value > 1 - 1e-6 else f"1 - {1 - value:.0e}")
 
 
 def _dot(colour: str, marker: str, label: str, hollow: bool = False) -> Line2D:
