@@ -54,8 +54,8 @@ def check_part(name: str, value: Any, methods: tuple[str, ...], example: str) ->
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raise unless `value` is a finite number above 0."""
+    """Raise unless `value` is a finite number above zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number above 0, not {value!r}.")
-    if not math.isfinite(value) or value <= 0:
+    if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be finite and above 0, not {value}.")

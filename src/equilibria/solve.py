@@ -80,9 +80,10 @@ def solve(
             callback(Iterate(problem.evaluations, layout.unpack(z.detach().clone()), error, status, active))
 
     def iterate(problem: Equation) -> Outcome:
+        # An adjoint that has to solve once more does not tell the callback again.
+        tell = notify if callback is not None and problem.evaluations == 0 else None
         problem.evaluations = 0
         memory = solver.init(problem, z, previous)
-        tell = notify if callback is not None else None
         return run(problem, solver, z, memory, max_steps, tell, failures.agree)
 
     report = AdjointReport()
@@ -93,9 +94,10 @@ def solve(
         value = outcome.z
     failures.tell("solve", outcome.status, outcome.error)
     end = WarmStart(outcome.z.detach(), layout, solver, detached(outcome.memory))
+    problem.evaluations = outcome.evaluations
     aux = problem.take_aux(outcome.z.detach(), failures.agree)
     status, steps, error = (t.reshape(layout.batch_shape) for t in (outcome.status, outcome.steps, outcome.error))
-    return Solution(layout.unpack(value), status, steps, error, outcome.evaluations, aux, end, report)
+    return Solution(layout.unpack(value), status, steps, error, problem.evaluations, aux, end, report)
 
 
 def _resume(state: WarmStart, layout: Layout, solver: Solver) -> tuple[Tensor, Any]:

@@ -19,10 +19,10 @@ SHORTEST = 1e-8
 class Memory(NamedTuple):
     """The point that each sample searches from, its direction, and the length on trial."""
 
-    base: Tensor | None  # (batch, n)
-    size: Tensor | None  # (batch,), norm of the residual there
-    direction: Tensor | None  # (batch, n)
-    length: Tensor | None  # (batch,)
+    base: Tensor  # (batch, n)
+    size: Tensor  # (batch,), norm of the residual there
+    direction: Tensor  # (batch, n)
+    length: Tensor  # (batch,)
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,18 @@ class Newton:
         check_fraction("linear_rtol", self.linear_rtol)
         check_integer("max_products", self.max_products, 1)
 
-    def init(self, problem: Problem, z: Tensor, previous: Memory | None = None) -> Memory:
-        return Memory(None, None, None, None)
+    def init(self, problem: Problem, z: Tensor, previous: Memory | None = None) -> None:
+        return None
 
-    def step(self, problem: Problem, evaluation: Evaluation, memory: Memory) -> tuple[Tensor, Memory]:
+    def step(self, problem: Problem, evaluation: Evaluation, memory: Memory | None) -> tuple[Tensor, Memory]:
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "Newton cannot be unrolled, since its directions come from solves of their own: differentiate its "
+                "solution by eq.Implicit(), or unroll eq.Broyden()."
+            )
         z, residual = evaluation.z, evaluation.residual
         size = torch.linalg.vector_norm(residual, dim=1)
-        if memory.base is None or memory.size is None or memory.direction is None or memory.length is None:
+        if memory is None:
             accepted = torch.ones_like(size, dtype=torch.bool)
             memory = Memory(z, size, torch.zeros_like(z), torch.ones_like(size))
         else:

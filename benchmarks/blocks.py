@@ -1,0 +1,101 @@
+"""Which block f(z, x) to train: three candidates of equal size under the same trainer.
+
+    python benchmarks/blocks.py --steps 300
+
+prints, for each block, validation bits per byte, evaluations until the tolerance is met, residual, share of the solves
+that never met it, bits per byte when the block is applied only once, and seconds of training. What was chosen and why
+is in docs/log.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onelayer import corpora
+from onelayer.evaluation import measure
+from onelayer.models.transformer import Block, TransformerConfig, TransformerLM
+from onelayer.presets import changed, preset
+from onelayer.training import make_optimizer, train_step
+
+
+class IdentitySubtracted(Block):
+    """A pre-norm residual block less its identity path, f(z, x) = B(z + x) - z, with gated branches (LayerScale)."""
+
+    def __init__(self, config: TransformerConfig, gate: float = 0.5) -> None:
+        super().__init__(config)
+        self.attention_gate = nn.Parameter(torch.full((config.width,), gate))
+        self.feed_forward_gate = nn.Parameter(torch.full((config.width,), gate))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        u = z + x
+        mixed = self.attention_gate * self.attention(self.attention_norm(u))
+        return x + mixed + self.feed_forward_gate * self.feed_forward(self.output_norm(u + mixed))
+
+
+class NormalisedUpdate(Block):
+    """Both branches side by side on z + x, no identity path, the sum with x normalised."""
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        u = self.attention_norm(z + x)
+        return self.output_norm(x + self.attention(u) + self.feed_forward(u))
+
+
+class PreNorm(Block):
+    """The usual pre-norm residual block on z + x, whose equilibrium is where its branches cancel: kept as a warning."""
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        u = z + x
+        u = u + self.attention(F.rms_norm(u, u.shape[-1:]))
+        return u + self.feed_forward(self.output_norm(u))
+
+
+BLOCKS = (Block, IdentitySubtracted, NormalisedUpdate, PreNorm)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare blocks under the same trainer.")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--learning-rate", type=float, nargs="+", default=[preset("small").training.learning_rate])
+    parser.add_argument("--only", nargs="+", default=[block.__name__ for block in BLOCKS], metavar="BLOCK")
+    parser.add_argument("--unrolled-steps", type=int, default=0)
+    options = parser.parse_args()
+    corpus = corpora.load()
+    print(f"{options.steps} steps, {torch.get_num_threads()} threads, {corpus.describe()}")
+    columns = ("parameters", "rate", "bits/byte", "evaluations", "residual", "at cap", "once", "seconds")
+    print(f"{'':20}" + "".join(f"{column:>13}" for column in columns))
+    for block in (block for block in BLOCKS if block.__name__ in options.only):
+        for rate in options.learning_rate:
+            values = {"steps": options.steps, "learning_rate": rate, "unrolled_steps": options.unrolled_steps}
+            config = changed(preset("small"), values)
+            torch.manual_seed(config.training.seed)
+            model = TransformerLM(config.model, block)
+            optimizer = make_optimizer(model, config.training)
+            began = time.perf_counter()
+            for step in range(options.steps):
+                train_step(model, optimizer, config, corpus, step)
+            seconds = time.perf_counter() - began
+            inputs, targets = corpora.validation_windows(corpus.validation, config.model.context, 128)
+            found = measure(model, config, inputs, targets)
+            once = measure(model, config, inputs, targets, max_steps=2)
+            assert found.steps is not None
+            assert found.residual is not None
+            row = (
+                f"{model.parameter_counts()[0]:,}",
+                f"{rate:g}",
+                f"{found.bits_per_byte:.3f}",
+                f"{found.steps.float().mean():.1f}",
+                f"{found.residual.median():.1e}",
+                f"{found.share_at_cap:.0%}",
+                f"{once.bits_per_byte:.3f}",
+                f"{seconds:.0f}",
+            )
+            print(f"{block.__name__:20}" + "".join(f"{value:>13}" for value in row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The run folder: where a run keeps its configuration, its metrics and its weights.
+
+config.json                 the resolved configuration, the command, the data and their fingerprint
+metrics.jsonl               one line for each training step and each validation
+model.safetensors           the weights at the last save
+checkpoints/                what resuming needs, the last two saves
+evaluation.json             what the finished model does on the validation text
+report.html                 all of it to look at
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onelayer import checkpoints
+from onelayer.checkpoints import Checkpoint
+from onelayer.corpora import Corpus
+from onelayer.errors import UsageError
+from onelayer.models.transformer import TransformerLM
+from onelayer.presets import RunConfig, from_dict, to_dict
+
+
+def create(run: Path, config: RunConfig, corpus: Corpus, command: str) -> None:
+    """Makes a run folder and writes its `config.json`.
+
+    >>> create(Path("runs/first"), preset("small"), corpora.load(), "onelayer train")    # doctest: +SKIP
+
+    Raises:
+        UsageError: there is something at that path already.
+    """
+    try:
+        run.mkdir(parents=True)
+    except FileExistsError:
+        if not run.is_dir() or any(run.iterdir()):
+            raise UsageError(
+                f"{run} exists already and is left as it is: go on with it by --resume {run}, or name another folder."
+            ) from None
+    except OSError as error:
+        raise UsageError(f"The run folder {run} cannot be made ({error.strerror}): name another one.") from None
+    data = {
+        "path": config.data,
+        "name": corpus.name,
+        "train_bytes": len(corpus.train),
+        "validation_bytes": len(corpus.validation),
+        "fingerprint": corpus.fingerprint,
+    }
+    write_json(run / "config.json", to_dict(config) | {"command": command, "data": data})
+
+
+def read_config(run: Path) -> tuple[RunConfig, str]:
+    """The configuration of a run, and the fingerprint of the data that it was started on.
+
+    >>> config, fingerprint = read_config(Path("runs/first"))                   # doctest: +SKIP
+
+    Raises:
+        UsageError: this is no run folder, or its `config.json` is damaged.
+    """
+    try:
+        values = json.loads((run / "config.json").read_text())
+        return from_dict(values), str(values["data"]["fingerprint"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(
+            f"{run} is not a run folder, it has no config.json: name one made by onelayer train."
+        ) from None
+    except UsageError as error:
+        raise UsageError(f"{run / 'config.json'}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{run / 'config.json'} is damaged ({error}): restore it, or train anew.") from None
+
+
+def load_model(run: Path) -> tuple[TransformerLM, RunConfig]:
+    """The model of a run with the weights of its last save, in evaluation mode, on its training's device if there.
+
+    >>> model, config = load_model(Path("runs/first"))                          # doctest: +SKIP
+
+    Raises:
+        UsageError: this is no run folder, or its weights are missing or damaged.
+    """
+    config, _ = read_config(run)
+    model = TransformerLM(config.model)
+    load_weights(model, checkpoints.read(run / "model.safetensors"), run)
+    device = config.training.device if torch.cuda.is_available() else "cpu"
+    return model.eval().to(device), config
+
+
+def load_weights(model: TransformerLM, checkpoint: Checkpoint, run: Path) -> None:
+    """Puts the `model.*` tensors of a checkpoint into the model.
+
+    Raises:
+        UsageError: they are of another model.
+    """
+    weights = {
+        name.removeprefix("model."): tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.")
+    }
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise UsageError(f"The weights in {run} do not fit the model in its config.json: restore the two.") from None
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file in one step.
+
+    >>> write_json(Path("evaluation.json"), {"bits_per_byte": 2.1})             # doctest: +SKIP
+    """
+    checkpoints.write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+class Metrics:
+    """`metrics.jsonl`: a line is on disk before the next step starts, and half a line is never read.
+
+    >>> metrics = Metrics(Path("runs/first"), after_step=0)                     # doctest: +SKIP
+    >>> metrics.write({"kind": "train", "step": 1})                             # doctest: +SKIP
+
+    Args:
+        run: the run folder.
+        after_step: lines of later steps are dropped, because the run goes on from there.
+    """
+
+    def __init__(self, run: Path, after_step: int) -> None:
+        path = run / "metrics.jsonl"
+        kept = [line for line in read_metrics(run) if line["step"] <= after_step]
+        checkpoints.write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one line."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; one that was cut short when the run was killed is left out.
+
+    >>> [line["bits_per_byte"] for line in read_metrics(Path("runs/first"))]    # doctest: +SKIP
+    """
+    path = run / "metrics.jsonl"
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,183 @@
+"""The command line: what it draws and measures, and one sentence and exit code 2 for what cannot be done."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from onelayer.cli import main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"def f{i}(x):\n    return x + {i * i}\n\n" for i in range(300)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", "--preset", "tiny", "--data", str(data), "--run", str(folder)]) == 0
+    return folder
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_a_seed_decides_what_is_drawn(run: Path, capsys: pytest.CaptureFixture[str]):
+    def draw(*more: str) -> str:
+        return output(capsys, "generate", str(run), "--prompt", "def ", "--bytes", "12", *more)
+
+    assert draw("--seed", "5") == draw("--seed", "5")
+    assert draw("--seed", "5") != draw("--seed", "6")
+    assert draw("--temperature", "0", "--seed", "5") == draw("--temperature", "0", "--seed", "6")
+    assert draw().startswith("def ")
+
+
+def test_text_goes_on_beyond_the_context(run: Path, capsys: pytest.CaptureFixture[str]):
+    prompt = "x" * 32  # the context of the preset, to the byte
+    long = output(capsys, "generate", str(run), "--prompt", prompt, "--bytes", "40")
+    assert len(long.encode()) >= 72
+    # Greedy text is a function of the last 32 bytes alone.
+    tail = output(capsys, "generate", str(run), "--prompt", "q" * 5 + "x" * 27, "--bytes", "3", "--temperature", "0")
+    assert tail.startswith("qqqqq")
+
+
+def test_evaluation_says_what_allowed_evaluations_cost(run: Path, data: Path, capsys: pytest.CaptureFixture[str]):
+    def bits(*more: str) -> float:
+        lines = output(capsys, "evaluate", str(run), *more).splitlines()
+        return float(next(line.split()[-1] for line in lines if line.startswith("bits per byte")))
+
+    assert bits("--max-steps", "1") == 8.0
+    assert bits() < bits("--max-steps", "2") < 8
+    assert bits() == bits("--data", str(data)) == bits("--max-steps", "1000")
+
+
+def bad_data(folder: Path) -> dict[str, Path]:
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "short.txt").write_bytes(b"def f(): pass\n")
+    (folder / "latin.txt").write_bytes(b"caf\xe9 " * 400)
+    (folder / "empty folder").mkdir()
+    (folder / "images").mkdir()
+    (folder / "images" / "one.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00")
+    return {
+        "missing": folder / "missing.txt",
+        "empty": folder / "empty.txt",
+        "short": folder / "short.txt",
+        "not decodable": folder / "latin.txt",
+        "empty folder": folder / "empty folder",
+        "no text": folder / "images",
+    }
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], says: str, *arguments: str) -> None:
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.endswith(".\n")
+    assert "Traceback" not in error
+    assert says.lower() in error.lower()
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "short", "not decodable", "empty folder", "no text"])
+def test_data_that_will_not_do(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path, run = bad_data(tmp_path)[kind], tmp_path / "run"
+    assert_refused(capsys, path.name, "train", "--preset", "tiny", "--data", str(path), "--run", str(run))
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--preset", "huge"], "small, tiny, gpu"),
+        (["--model", "deep"], "equilibrium, untied, tied"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--steps", "many"], "steps"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--learning-rate", "-0.1"], "learning_rate must be a positive number"),
+        (["--learning-rate", "nan"], "learning_rate must be a positive number"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--save-every", "0"], "save_every must be at least 1"),
+        (["--context", "0"], "context must be at least 1"),
+        (["--width", "31"], "multiple"),
+        (["--max-steps", "-3"], "max_steps must be at least 1"),
+        (["--rtol", "0"], "rtol must lie between 0 and 1"),
+        (["--device", "abacus"], "cpu, cuda"),
+        (["--precision", "int3"], "float32, bfloat16"),
+        (["--verbosity", "9"], "--verbosity"),
+    ],
+)
+def test_options_that_make_no_sense(
+    options: list[str], says: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    assert_refused(capsys, says, "train", "--preset", "tiny", "--data", str(data), "--run", str(run), *options)
+    assert not run.exists()
+
+
+def test_an_existing_run_is_left_as_it_is(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert_refused(capsys, "--resume", "train", "--preset", "tiny", "--data", str(data), "--run", str(run))
+    assert_refused(capsys, "--seed", "train", "--resume", str(run), "--seed", "3")
+    assert_refused(capsys, "--model", "train", "--resume", str(run), "--model", "tied")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    (tmp_path / "notes.txt").write_text("a file")
+    assert_refused(capsys, "notes.txt", "train", "--preset", "tiny", "--run", str(tmp_path / "notes.txt"))
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert_refused(capsys, "not a run folder", "train", "--resume", str(folder))
+        assert_refused(capsys, "not a run folder", "evaluate", str(folder))
+        assert_refused(capsys, "not a run folder", "generate", str(folder), "--prompt", "def ")
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    for content in (
+        "{",
+        "[]",
+        "{}",
+        '{"preset": "tiny", "data": {"path": null}, "model": {"depth": 3}, "training": {}}',
+    ):
+        (broken / "config.json").write_text(content)
+        assert_refused(capsys, "config.json", "evaluate", str(broken))
+
+
+def test_a_damaged_model_is_not_used(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]):
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    weights = broken / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-7] ^= 1
+    weights.write_bytes(data)
+    assert_refused(capsys, "damaged", "generate", str(broken), "--prompt", "def ")
+    assert_refused(capsys, "damaged", "evaluate", str(broken))
+    weights.unlink()
+    assert_refused(capsys, "does not exist", "generate", str(broken), "--prompt", "def ")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--prompt", "x" * 33], "33 bytes"),
+        (["--prompt", ""], "empty"),
+        (["--prompt", "x", "--bytes", "0"], "at least 1"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["--prompt", "x", "--temperature", "inf"], "temperature"),
+        (["--prompt", "x", "--seed", "-1"], "seed"),
+        ([], "--prompt"),
+    ],
+)
+def test_generation_that_makes_no_sense(options: list[str], says: str, run: Path, capsys: pytest.CaptureFixture[str]):
+    assert_refused(capsys, says, "generate", str(run), *options)
+
+
+def test_evaluation_that_makes_no_sense(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert_refused(capsys, "--max-steps", "evaluate", str(run), "--max-steps", "0")
+    assert_refused(capsys, "missing.txt", "evaluate", str(run), "--data", str(tmp_path / "missing.txt"))
+    assert_refused(capsys, "invent", "invent")
+    assert_refused(capsys, "required")
