@@ -50,19 +50,20 @@ class GMRES:
         x = torch.where((scale == 0)[:, None], 0, x)
         size = torch.where(scale == 0, 0, size)
         hopeless = torch.zeros_like(scale, dtype=torch.bool)
+        verify = level >= 0.1 * rtol  # the products themselves are noisy here: only a product at the result tells
         while True:
             running = status == Status.MAX_STEPS
             status = torch.where(running & (size <= rtol * scale), Status.CONVERGED, status)
             status = torch.where(running & ~torch.isfinite(size), Status.NONFINITE, status)
             running = (status == Status.MAX_STEPS) & ~hopeless
-            if products >= max_steps or not agree(bool(running.any())):
+            length = min(self.restart, max_steps - products - verify)
+            if length < 1 or not agree(bool(running.any())):
                 break
-            length = min(self.restart, max_steps - products)
             correction, left, used, broken, count = self._cycle(
                 operator, residual, size, running, rtol * scale, length, agree
             )
             products += count
-            if level >= 0.1 * rtol:  # the products themselves are noisy here: only a product at the result tells
+            if verify:
                 left = residual - operator(correction)
                 products, used = products + 1, used + 1
             left_size = residual_size(left, x + correction)
