@@ -26,6 +26,7 @@ ROOMS = [
     "solvers",
     "loop",
     "adjoints",
+    "solve",
     "fixed_point",
     "root",
     "argmin",

@@ -30,7 +30,7 @@ class Newton:
     """Newton's method with a line search for each sample, matrix-free.
 
     >>> eq.fixed_point(torch.cos, torch.zeros(1, 1, dtype=torch.float64), solver=eq.Newton()).steps
-    tensor([6])
+    tensor([9])
 
     The direction d solves J d = -g by products with the Jacobian alone; then the length is halved until the residual
     falls. A direction takes one differentiable evaluation of f besides its products, which is counted among the
