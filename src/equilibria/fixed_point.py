@@ -10,12 +10,13 @@ from equilibria.norms import Norm, rms_norm
 from equilibria.options import check_callable
 from equilibria.problem import FixedPoint
 from equilibria.solution import Solution
-from equilibria.solve import Callback, WarmStart, check_options, solve
+from equilibria.solve import Callback, WarmStart, check_options, solve, uncompiled
 from equilibria.solvers import Anderson, Solver
 from equilibria.status import Failures
 from equilibria.tree import Layout
 
 
+@uncompiled
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,

@@ -10,12 +10,13 @@ from equilibria.norms import Norm, rms_norm
 from equilibria.options import check_callable
 from equilibria.problem import Root
 from equilibria.solution import Solution
-from equilibria.solve import Callback, WarmStart, check_options, solve
+from equilibria.solve import Callback, WarmStart, check_options, solve, uncompiled
 from equilibria.solvers import Newton, Solver
 from equilibria.status import Failures
 from equilibria.tree import Layout
 
 
+@uncompiled
 def root(
     g: Callable[..., Any],
     z0: Any,

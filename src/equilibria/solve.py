@@ -1,7 +1,7 @@
 """What every entry point does with its problem: check, start, solve, attach, tell, return."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,15 @@ from equilibria.status import ON_FAILURE, Failures
 from equilibria.tree import STATE_DTYPES, Layout, detached
 
 Callback = Callable[[Iterate], object]
+Entry = TypeVar("Entry", bound=Callable[..., Any])
+
+
+def uncompiled(entry: Entry) -> Entry:
+    """Keeps an outer `torch.compile` out: the loop is data-dependent and holds no graph worth capturing.
+
+    What is compiled on its own, such as the cell of a layer, stays compiled.
+    """
+    return torch.compiler.disable(entry)  # pyright: ignore[reportReturnType]
 
 
 class WarmStart(NamedTuple):
@@ -93,7 +102,7 @@ def solve(
         outcome = iterate(problem)
         value = outcome.z
     failures.tell("solve", outcome.status, outcome.error)
-    end = WarmStart(outcome.z.detach(), layout, solver, detached(outcome.memory))
+    end = WarmStart(outcome.z.detach().clone(), layout, solver, detached(outcome.memory))
     problem.evaluations = outcome.evaluations
     aux = problem.take_aux(outcome.z.detach(), failures.agree)
     status, steps, error = (t.reshape(layout.batch_shape) for t in (outcome.status, outcome.steps, outcome.error))

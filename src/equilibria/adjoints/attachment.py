@@ -91,7 +91,7 @@ def _sealing(bad: Tensor) -> Iterator[Seal]:
             nodes += [following for following, _ in node.next_functions]
         return image
 
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _cleaned(tensor, bad), lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _cleaned(tensor.detach(), bad), lambda tensor: tensor):
         yield seal
 
 

@@ -14,7 +14,7 @@ from equilibria.norms import Norm, rms_norm
 from equilibria.options import check_callable, check_integer
 from equilibria.problem import FixedPoint
 from equilibria.solution import Solution
-from equilibria.solve import WarmStart, check_options, solve
+from equilibria.solve import WarmStart, check_options, solve, uncompiled
 from equilibria.solvers import Anderson, Solver
 from equilibria.status import Failures, Status
 from equilibria.tree import Layout
@@ -103,10 +103,9 @@ class DEQ(nn.Module):
 
     def solve(self, *inputs: Any, z0: Any = None, state: WarmStart | None = None, **keywords: Any) -> Solution:
         """The whole `eq.Solution` for `inputs`; the arguments are those of a call."""
-        return self._solve(inputs, keywords, z0, state)  # pyright: ignore[reportCallIssue]
+        return self._solve(inputs, keywords, z0, state)
 
-    # The loop is data-dependent and holds no graph worth capturing; a compiled cell inside stays compiled.
-    @torch.compiler.disable
+    @uncompiled
     def _solve(self, inputs: tuple[Any, ...], keywords: dict[str, Any], z0: Any, state: WarmStart | None) -> Solution:
         self._refuse_random()
         max_steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
@@ -139,7 +138,7 @@ class DEQ(nn.Module):
                 "The start cannot be read off the first input, which is no floating tensor: give the cell a method "
                 "initial_state(*inputs), or call the layer with z0=..."
             )
-        return pytree.tree_map(torch.zeros_like, inputs[0])
+        return pytree.tree_map(_zeros_like, inputs[0])
 
     def _refuse_random(self) -> None:
         if not isinstance(self.cell, nn.Module):
@@ -160,3 +159,11 @@ class DEQ(nn.Module):
             f"max_steps={self.max_steps}, eval_max_steps={self.eval_max_steps}, norm={norm}, "
             f"on_failure={self.on_failure!r}, batch_dims={self.batch_dims}, readout={readout}"
         )
+
+
+def _zeros_like(leaf: Tensor) -> Tensor:
+    # Under autocast inputs come in half precision from the layer before, while a cell may return float32, as those that
+    # end in a normalisation do; and a state in half precision would round more than the products do.
+    kind = leaf.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32) if autocast else leaf.dtype)
