@@ -26,6 +26,8 @@ ROOMS = [
     "solvers",
     "loop",
     "adjoints",
+    "functional",
+    "solve",
     "fixed_point",
     "root",
     "argmin",

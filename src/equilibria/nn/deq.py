@@ -9,6 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint, Implicit
+from equilibria.functional import transformed
 from equilibria.nn.monitor import record
 from equilibria.norms import Norm, rms_norm
 from equilibria.options import check_callable, check_integer
@@ -111,9 +112,10 @@ class DEQ(nn.Module):
         self._refuse_random()
         max_steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
         z0 = self._start(inputs) if z0 is None else z0
+        f, args = self._equation(inputs, keywords)
         problem = FixedPoint(
-            lambda z, *inputs: self.cell(z, *inputs, **keywords),
-            inputs,
+            f,
+            args,
             Layout.of(z0, self.batch_dims),
             self.norm,
             self.rtol,
@@ -124,6 +126,23 @@ class DEQ(nn.Module):
         solution = solve(problem, z0, self.solver, self.adjoint, max_steps, failures, state)
         record(self, solution)
         return solution
+
+    def _equation(
+        self, inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        if not transformed():
+            return lambda z, *inputs: self.cell(z, *inputs, **keywords), inputs
+        if not isinstance(self.cell, nn.Module):
+            cell = self.cell
+            return lambda z, inputs, keywords: cell(z, *inputs, **keywords), (inputs, keywords)
+        # Transforms follow arguments alone, and `functional_call` leaves theirs in the cell.
+        module = self.cell
+        tensors = dict(module.named_parameters()), dict(module.named_buffers())
+
+        def call(z: Any, tensors: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            return torch.func.functional_call(module, tensors, (z, *inputs), keywords)
+
+        return call, (tensors, inputs, keywords)
 
     def _start(self, inputs: tuple[Any, ...]) -> Any:
         initial_state = getattr(self.cell, "initial_state", None)
