@@ -28,7 +28,9 @@ def width(structure: str) -> int:
 
 
 def split(rows: Tensor, structure: str) -> Any:
-    """The state whose entries, sample by sample, are `rows` of shape (*batch, n)."""
+    """The state whose entries, sample by sample, are `rows` of shape (*batch, n); n is free for a single tensor."""
+    if structure == "tensor":
+        return rows
     batch = rows.shape[:-1]
     shapes, spec = pytree.tree_flatten(STRUCTURES[structure], is_leaf=_is_shape)
     parts = rows.split([torch.Size(shape).numel() for shape in shapes], dim=-1)

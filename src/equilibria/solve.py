@@ -75,15 +75,16 @@ def solve(
     z = z.clone()  # an f that changes its state in place is refused, but only once it has done so
 
     def search(problem: Equation, z: Tensor, previous: Any) -> Outcome:
+        # An adjoint that has to solve once more does not tell the callback again.
+        tell = _telling(problem, callback) if callback is not None and problem.evaluations == 0 else None
         problem.evaluations = 0
         memory = solver.init(problem, z, previous)
-        tell = _telling(problem, callback) if callback is not None else None
         return run(problem, solver, z, memory, max_steps, tell, failures.agree)
 
     report = AdjointReport()
     if transformed():
         result = solve_transformed(problem, z, lambda p, z: search(p, z.clone(), None), adjoint, failures, report)
-        value, status, steps, error, evaluations = result
+        value, status, steps, error, problem.evaluations = result
         end = WarmStart(value.detach(), layout, solver, None)
     else:
         if torch.is_grad_enabled():
@@ -92,11 +93,11 @@ def solve(
             outcome = search(problem, z, previous)
             value = outcome.z
         failures.tell("solve", outcome.status, outcome.error)
-        status, steps, error, evaluations = outcome.status, outcome.steps, outcome.error, outcome.evaluations
+        status, steps, error, problem.evaluations = outcome.status, outcome.steps, outcome.error, outcome.evaluations
         end = WarmStart(outcome.z.detach(), layout, solver, detached(outcome.memory))
     aux = problem.take_aux(end.z, failures.agree)
     status, steps, error = (t.reshape(layout.batch_shape) for t in (status, steps, error))
-    return Solution(layout.unpack(value), status, steps, error, evaluations, aux, end, report)
+    return Solution(layout.unpack(value), status, steps, error, problem.evaluations, aux, end, report)
 
 
 def _telling(problem: Equation, callback: Callback) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:

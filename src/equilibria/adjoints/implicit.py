@@ -8,7 +8,7 @@ from torch import Tensor
 
 from equilibria.adjoints.attachment import attach, autocast_state, shield
 from equilibria.adjoints.protocol import Solve
-from equilibria.linear import GMRES, LinearSolution, LinearSolver
+from equilibria.linear import GMRES, Dense, LinearSolution, LinearSolver
 from equilibria.loop import Agree, Outcome, run
 from equilibria.options import check_choice, check_integer, check_part, check_tolerance
 from equilibria.problem import RTOL, Affine, Equation, Linearization
@@ -39,10 +39,11 @@ class Implicit:
 
     Args:
         solver: a linear solver, or a solver of fixed points: `Implicit(solver=eq.Picard())` is recurrent
-            back-propagation. None takes `GMRES`, and plain iteration for the samples it does not solve (a restarted
-            GMRES stagnates on nilpotent Jacobians, where plain iteration is exact).
+            back-propagation. None takes `GMRES`; plain iteration for the samples it does not solve (a restarted GMRES
+            stagnates on nilpotent Jacobians, where plain iteration is exact); and `Dense` for those that this does not
+            solve either, where the state has no more entries than `max_steps`.
         rtol: tolerance relative to v; None takes that of the forward solve, never looser than 1e-2.
-        max_steps: products allowed, for GMRES and for what follows it each.
+        max_steps: products allowed, for each of the solvers that have their turn.
         order: 1, or 2 where derivatives of the gradient are asked for; it costs one more evaluation and one more
             backward solve.
 
@@ -120,13 +121,17 @@ class Implicit:
             return LinearSolution(found.z, found.status, found.steps, found.error, found.evaluations)
 
         if self.solver is None:
-            first = GMRES().solve(operator, b, rtol, level, self.max_steps, agree)
-            unsolved = first.status == Status.MAX_STEPS
-            if not agree(bool(unsolved.any())):
-                return first
-            # Solved samples wait at the solution of 0 = 0, which takes no step.
-            start, rest = (torch.where(unsolved[:, None], t, 0) for t in (first.x, b))
-            return _better(first, iterate(Picard(), start, rest), unsolved)
+            found = GMRES().solve(operator, b, rtol, level, self.max_steps, agree)
+            unsolved = found.status == Status.MAX_STEPS
+            if agree(bool(unsolved.any())):
+                # Solved samples wait at the solution of 0 = 0, which takes no step.
+                start, rest = (torch.where(unsolved[:, None], t, 0) for t in (found.x, b))
+                found = _better(found, iterate(Picard(), start, rest), unsolved)
+            unsolved = (found.status == Status.MAX_STEPS) | (found.status == Status.NONFINITE)
+            if b.shape[1] <= self.max_steps and agree(bool(unsolved.any())):
+                rest = torch.where(unsolved[:, None], b, 0)
+                found = _better(found, Dense().solve(operator, rest, rtol, level, self.max_steps, agree), unsolved)
+            return found
         if isinstance(self.solver, LinearSolver):
             return self.solver.solve(operator, b, rtol, level, self.max_steps, agree)
         return iterate(self.solver, b, b)

@@ -34,7 +34,9 @@ class Affine:
         self.evaluations += 1
         image = self.b + self.product(u)
         residual = image - u
-        size = torch.linalg.vector_norm(residual, dim=1)
+        # Where u has outgrown b by 1 / eps, b + M u - u cancels whatever u is: no residual is known to less than this.
+        noise = 0.25 * torch.finfo(u.dtype).eps * torch.linalg.vector_norm(u, dim=1)
+        size = torch.maximum(torch.linalg.vector_norm(residual, dim=1), noise)
         error = torch.where(size == 0, size, size / self._scale)
         return Evaluation(u, image, residual, error, size, size <= self.rtol * self._scale, u, error)
 

@@ -93,6 +93,7 @@ class Equation:
         if not self.has_aux:
             return None
         if agree(self.aux_at is None or not torch.equal(self.aux_at, z)):
+            self.evaluations += 1
             with torch.no_grad():
                 self._call(z)
         aux, self.aux, self.aux_at = self.aux, None, None
