@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from equilibria.adjoints import Adjoint
-from equilibria.functional import solve_transformed, transformed
+from equilibria.functional import solve_transformed
 from equilibria.loop import Iterate, Outcome, run
 from equilibria.norms import Norm
 from equilibria.options import check_callable, check_choice, check_integer, check_part, check_tolerance
@@ -15,6 +15,7 @@ from equilibria.problem import Equation
 from equilibria.solution import AdjointReport, Solution
 from equilibria.solvers import Solver
 from equilibria.status import ON_FAILURE, Failures
+from equilibria.transforms import transformed
 from equilibria.tree import STATE_DTYPES, Layout, detached
 
 Callback = Callable[[Iterate], object]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from equilibria.adjoints import Implicit
-from equilibria.functional.levels import beside_tangents
 from equilibria.functional.setting import Setting
 from equilibria.problem import Linearization
 from equilibria.status import Status
+from equilibria.transforms import beside_tangents
 
 Tensors = tuple[Tensor, ...]
 
@@ -54,9 +54,8 @@ class Equilibrium(torch.autograd.Function):
         bad = status == Status.NONFINITE
         u = Linear.apply(setting, True, v, z, bad, *leaves)
         function, primals = _of(needed, leaves, lambda leaves: setting.image(z, bad, leaves))
-        _, pull = torch.func.vjp(function, *primals)
         setting.report.evaluations += 1
-        return None, None, *_spread(pull(u), needed, len(leaves))
+        return None, None, *_spread(torch.func.vjp(function, *primals)[1](u), needed, len(leaves))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -73,7 +72,8 @@ class Equilibrium(torch.autograd.Function):
             return Linear.apply(setting, False, b, z, bad, *leaves), None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, setting: Setting, z0: Tensor, *leaves: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        setting, z0, *leaves = args
         setting = setting.mapped(info.batch_size, tuple(in_dims[2:]))
         return Equilibrium.apply(setting, _front(z0, in_dims[1], info.batch_size), *leaves), (0, 0, 0, 0)
 
@@ -123,8 +123,7 @@ class Linear(torch.autograd.Function):
         # The gradient of w J x, or of x J w, as that of the product from the left, which takes no forward mode.
         left, right = (x, w) if ctx.transposed else (w, x)
         function, primals = _of(needed, point, lambda point: _transposed_product(setting, left, bad, point))
-        _, pull = torch.func.vjp(function, *primals)
-        slope_of_z, *slopes = _spread(pull(right), needed, len(point))
+        slope_of_z, *slopes = _spread(torch.func.vjp(function, *primals)[1](right), needed, len(point))
         return None, None, w, slope_of_z, None, *slopes
 
     @staticmethod
@@ -141,9 +140,8 @@ class Linear(torch.autograd.Function):
             return Linear.apply(setting, transposed, b, z, bad, *rest)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, setting: Setting, transposed: bool, b: Tensor, z: Tensor, bad: Tensor, *leaves: Tensor
-    ) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        setting, transposed, b, z, bad, *leaves = args
         front = [_front(t, dim, info.batch_size) for t, dim in zip((b, z, bad), in_dims[2:5], strict=True)]
         return Linear.apply(setting.mapped(info.batch_size, tuple(in_dims[5:])), transposed, *front, *leaves), 0
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from equilibria.adjoints import Adjoint
 from equilibria.loop import Outcome
-from equilibria.problem import Equation
+from equilibria.problem import Equation, Gradient
 from equilibria.solution import AdjointReport
 from equilibria.status import Failures
 
@@ -65,7 +66,10 @@ class Setting:
         for axis in dims:
             # Random numbers are refused by the equation, whose sentence is the better one.
             function = torch.vmap(function, in_dims=(0, *axis), randomness="different")
-        return self.problem.over(function, args, self.problem.layout.repeated(self.sizes))
+        layout = self.problem.layout.repeated(self.sizes)
+        if isinstance(self.problem.f, Gradient):
+            function = Gradient(function, layout, has_aux=False)
+        return self.problem.over(function, args, layout)
 
     def image(self, z: Tensor, bad: Tensor, leaves: tuple[Tensor, ...]) -> Tensor:
         """Where plain iteration goes from `z`, as a function of all tensors that it depends on."""
@@ -75,13 +79,15 @@ class Setting:
         return torch.where(bad[..., None], 0, image)
 
     def _call(self, z: Any, *leaves: Tensor) -> Any:
-        output = self.problem.f(z, *self.rebuild(leaves))
+        f = self.problem.f
+        # Minimisers look at the values of the objective, so that it is what gets mapped.
+        output = (f.objective if isinstance(f, Gradient) else f)(z, *self.rebuild(leaves))
         return output[0] if self.problem.has_aux else output
 
     def _call_cleaned(self, z: Any, bad: Tensor, *leaves: Tensor) -> Any:
         layout = self.problem.layout
         parts = layout.spec.flatten_up_to(z)
-        z = torch.utils._pytree.tree_unflatten([self._cleaned(part, bad) for part in parts], layout.spec)
+        z = pytree.tree_unflatten([self._cleaned(part, bad) for part in parts], layout.spec)
         return self._call(z, *(self._cleaned(leaf, bad) for leaf in leaves))
 
     def _cleaned(self, leaf: Tensor, bad: Tensor) -> Tensor:

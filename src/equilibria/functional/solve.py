@@ -8,12 +8,12 @@ from torch import Tensor
 
 from equilibria.adjoints import Adjoint
 from equilibria.adjoints.attachment import autocast_state
-from equilibria.functional.levels import first, peel, takes_part, traced
 from equilibria.functional.rules import Equilibrium
 from equilibria.functional.setting import Search, Setting, Tally
 from equilibria.problem import Equation
 from equilibria.solution import AdjointReport
 from equilibria.status import Failures
+from equilibria.transforms import first, peel, takes_part, traced
 
 
 class Result(NamedTuple):
@@ -29,7 +29,7 @@ class Result(NamedTuple):
 def solve_transformed(
     problem: Equation, z0: Tensor, search: Search, adjoint: Adjoint, failures: Failures, report: AdjointReport
 ) -> Result:
-    """Solve under transforms: mapped axes become batch dimensions, derivatives follow from the implicit function theorem.
+    """Solve under transforms: mapped axes become batch dimensions, and derivatives have rules of their own.
 
     Only what comes through `problem.args` is seen by the transforms; an `f` that captures more is refused.
 

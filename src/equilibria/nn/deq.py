@@ -9,7 +9,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint, Implicit
-from equilibria.functional import transformed
 from equilibria.nn.monitor import record
 from equilibria.norms import Norm, rms_norm
 from equilibria.options import check_callable, check_integer
@@ -18,6 +17,7 @@ from equilibria.solution import Solution
 from equilibria.solve import WarmStart, check_options, solve
 from equilibria.solvers import Anderson, Solver
 from equilibria.status import Failures, Status
+from equilibria.transforms import transformed
 from equilibria.tree import Layout
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from equilibria.functional import in_front, peel
 from equilibria.solution import AdjointReport, Solution
+from equilibria.transforms import in_front, peel
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,14 @@ from torch.autograd import forward_ad
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def transforming() -> bool:
+    """Whether a `torch.func` transform is open."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def transformed() -> bool:
-    """Whether a `torch.func` transform or a forward-mode level is open, so that ordinary graphs do not suffice."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether a transform or a level of forward mode is open, so that ordinary graphs do not suffice."""
+    return transforming() or forward_ad._current_level >= 0
 
 
 def traced() -> bool:
@@ -24,7 +29,7 @@ def traced() -> bool:
 
 def peel(tensor: Tensor, unbatch: Callable[[Tensor, int], Tensor]) -> Tensor:
     """The plain data inside a tensor; `unbatch(inside, dim)` says what becomes of an axis that a `vmap` maps."""
-    if not torch._C._are_functorch_transforms_active():
+    if not transforming():
         with forward_ad._set_fwd_grad_enabled(False):
             return tensor.detach()
     interpreter = retrieve_current_functorch_interpreter()
@@ -62,7 +67,7 @@ def takes_part(tensor: Tensor) -> bool:
     """Whether a tensor is mapped by a transform, or carries a derivative at any level."""
     if tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None:
         return True
-    if not torch._C._are_functorch_transforms_active():
+    if not transforming():
         return False
     interpreter = retrieve_current_functorch_interpreter()
     if _functorch.maybe_get_level(tensor) == interpreter.level():
