@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.pyfunctorch import GradInterpreter, retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 # Nothing of this is public in torch; it is what `torch.func` itself is made of, and all that the library uses of it.
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -25,6 +28,13 @@ def transformed() -> bool:
 def traced() -> bool:
     """Whether operations are recorded rather than run, as `torch.func.linearize` does: no loop can look at its data."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def followed(tensor: Tensor) -> bool:
+    """Whether a plain tensor carries a derivative."""
+    return tensor.requires_grad or (
+        forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    )
 
 
 def peel(tensor: Tensor, unbatch: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -63,16 +73,30 @@ def beside_tangents(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]
         yield tuple(forward_ad.unpack_dual(tensor).primal for tensor in tensors)
 
 
-def takes_part(tensor: Tensor) -> bool:
-    """Whether a tensor is mapped by a transform, or carries a derivative at any level."""
-    if tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None:
-        return True
+@contextmanager
+def outside() -> Iterator[None]:
+    """Where all transforms that are open now are not."""
     if not transforming():
-        return False
+        yield
+        return
     interpreter = retrieve_current_functorch_interpreter()
-    if _functorch.maybe_get_level(tensor) == interpreter.level():
-        if _functorch.is_batchedtensor(tensor):
-            return True
-        tensor = _functorch.get_unwrapped(tensor)
-    with interpreter.lower():
-        return takes_part(tensor)
+    grad = torch.is_grad_enabled()
+    if isinstance(interpreter, GradInterpreter):
+        grad = interpreter.prev_grad_mode()
+    with interpreter.lower(), torch.set_grad_enabled(grad), outside():
+        yield
+
+
+class Escapes(TorchFunctionMode):
+    """Calls `refuse` before an operation on a tensor that belongs to a transform which is not open here."""
+
+    def __init__(self, refuse: Callable[[], object]) -> None:
+        super().__init__()
+        self.refuse = refuse
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        level = _functorch.maybe_current_level() or 0
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and (_functorch.maybe_get_level(leaf) or 0) > level:
+                self.refuse()
+        return func(*args, **(kwargs or {}))

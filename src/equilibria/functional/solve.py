@@ -3,6 +3,7 @@
 import copy
 from typing import Any, NamedTuple
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from equilibria.functional.setting import Search, Setting, Tally
 from equilibria.problem import Equation
 from equilibria.solution import AdjointReport
 from equilibria.status import Failures
-from equilibria.transforms import first, peel, takes_part, traced
+from equilibria.transforms import Escapes, first, followed, outside, peel, traced
 
 
 class Result(NamedTuple):
@@ -65,10 +66,17 @@ def solve_transformed(
 
 
 def _refuse_captures(probe: Equation, z: Tensor) -> None:
-    """Raise if `f` of plain inputs is part of a transform, which only something that it captures can have caused."""
-    if takes_part(probe.apply(z)):
+    """Raise if `f` of plain inputs meets a tensor of a transform, or carries a derivative: it then captures more."""
+
+    def refuse() -> None:
         raise ValueError(
-            f"{probe.name} captures a tensor that torch.func or forward-mode differentiation would have to follow (it "
-            "is mapped, carries a tangent or requires grad), which only arguments can be: pass it in *args, or "
-            "capture it detached."
+            f"{probe.name} captures a tensor that requires grad, carries a tangent, or comes from inside a torch.func "
+            "transform, which follows arguments alone: pass it in *args, or, if it is a constant, make it outside the "
+            "transform or in the function itself."
         )
+
+    with outside(), Escapes(refuse):
+        image = probe.apply(z)
+        # An f that itself differentiates may carry the derivative of a leaf of its own, which transforms have not.
+        if followed(image) and followed(torch.func.vjp(probe.apply, z)[0]):
+            refuse()
