@@ -37,6 +37,9 @@ class DEQ(nn.Module):
     The start is `cell.initial_state(*inputs)` where the cell has one, else zeros like the first input. Further
     positional and keyword arguments of a call are passed on to the cell.
 
+    Under `torch.func`, with `functional_call` or without, parameters, buffers and all arguments of a call take part; of a
+    cell that is no module, the arguments alone.
+
     Args:
         cell: from a state and inputs to a state of the same structure; a module, so that its parameters are registered.
         solver, adjoint, rtol, atol, norm, batch_dims: as for `eq.fixed_point`.
@@ -135,12 +138,15 @@ class DEQ(nn.Module):
         if not isinstance(self.cell, nn.Module):
             cell = self.cell
             return lambda z, inputs, keywords: cell(z, *inputs, **keywords), (inputs, keywords)
-        # Transforms follow arguments alone, and `functional_call` leaves theirs in the cell.
-        module = self.cell
-        tensors = dict(module.named_parameters()), dict(module.named_buffers())
+        # Transforms follow arguments alone, and `functional_call` leaves theirs in the cell. Each tensor is listed once
+        # for each module that holds it, since `functional_call` puts back what it ties itself in the wrong order.
+        module, tensors = self.cell, {}
+        for path, part in module.named_modules():
+            own = (*part.named_parameters(path, False, False), *part.named_buffers(path, False, False))
+            tensors.update(own)
 
-        def call(z: Any, tensors: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            return torch.func.functional_call(module, tensors, (z, *inputs), keywords)
+        def call(z: Any, tensors: dict[str, Tensor], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            return torch.func.functional_call(module, tensors, (z, *inputs), keywords, tie_weights=False)
 
         return call, (tensors, inputs, keywords)
 
