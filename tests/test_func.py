@@ -522,6 +522,12 @@ def test_a_callback_sees_plain_states_with_mapped_axes_in_front():
     assert set(seen) == {torch.Size((4, B, N))}
 
 
+def test_the_start_has_no_derivative():
+    z0 = normal(B, N, seed=4)
+    assert not func.grad(lambda z0: fixed_point(W, X, z0).sum())(z0).any()
+    assert not func.jacfwd(lambda z0: fixed_point(W, X, z0))(z0).any()
+
+
 def test_empty_axes_and_batches():
     assert func.vmap(lambda x: fixed_point(W, x))(XS[:0]).shape == (0, B, N)
     empty = torch.zeros(0, N, dtype=DOUBLE)

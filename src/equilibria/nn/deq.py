@@ -37,8 +37,8 @@ class DEQ(nn.Module):
     The start is `cell.initial_state(*inputs)` where the cell has one, else zeros like the first input. Further
     positional and keyword arguments of a call are passed on to the cell.
 
-    Under `torch.func`, with `functional_call` or without, parameters, buffers and all arguments of a call take part; of a
-    cell that is no module, the arguments alone.
+    Under `torch.func`, with `functional_call` or without, parameters, buffers and all arguments of a call take part;
+    with a cell that is no module, the arguments alone.
 
     Args:
         cell: from a state and inputs to a state of the same structure; a module, so that its parameters are registered.
