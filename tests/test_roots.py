@@ -1,4 +1,4 @@
-"""The problems that every solver of equations is tried on, solved in batch, beside SciPy; and those without solution."""
+"""The problems that every solver of equations is tried on, in batch, beside SciPy; and some without a solution."""
 
 import numpy as np
 import pytest

@@ -13,12 +13,13 @@ def check_integer(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {minimum}, not {value}.")
 
 
-def check_tolerance(name: str, value: Any) -> None:
-    """Raise unless `value` is None or a finite number that is not negative."""
-    if value is None:
+def check_tolerance(name: str, value: Any, optional: bool = True) -> None:
+    """Raise unless `value` is a finite number that is not negative, or None where that is allowed."""
+    if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be None (a default for the dtype) or a number, not {value!r}.")
+        allowed = "None (a default for the dtype) or a number" if optional else "a number"
+        raise TypeError(f"{name} must be {allowed}, not {value!r}.")
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be finite and not negative, not {value}.")
 

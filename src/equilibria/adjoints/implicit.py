@@ -122,12 +122,12 @@ class Implicit:
 
         if self.solver is None:
             found = GMRES().solve(operator, b, rtol, level, self.max_steps, agree)
-            unsolved = found.status == Status.MAX_STEPS
+            unsolved = (found.status == Status.MAX_STEPS) | (found.status == Status.BREAKDOWN)
             if agree(bool(unsolved.any())):
                 # Solved samples wait at the solution of 0 = 0, which takes no step.
                 start, rest = (torch.where(unsolved[:, None], t, 0) for t in (found.x, b))
                 found = _better(found, iterate(Picard(), start, rest), unsolved)
-            unsolved = (found.status == Status.MAX_STEPS) | (found.status == Status.NONFINITE)
+            unsolved = unsolved & (found.status != Status.CONVERGED) & (found.status != Status.STALLED)
             if b.shape[1] <= self.max_steps and agree(bool(unsolved.any())):
                 rest = torch.where(unsolved[:, None], b, 0)
                 found = _better(found, Dense().solve(operator, rest, rtol, level, self.max_steps, agree), unsolved)

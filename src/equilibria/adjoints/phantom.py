@@ -15,7 +15,7 @@ from equilibria.status import Failures
 
 REFUSAL = (
     "Phantom, OneStep and Neumann approximate first derivatives and have no second ones: take them without "
-    "create_graph=True, or use eq.Implicit(order=2)."
+    "create_graph=True, or use eq.Implicit(order=2) or eq.Unrolled()."
 )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from equilibria.linear.krylov import Operator
 from equilibria.linear.protocol import LinearSolution
+from equilibria.norms import residual_size
 from equilibria.options import check_integer
 from equilibria.status import Status
 
@@ -52,7 +53,7 @@ class Dense:
         x, info = torch.linalg.solve_ex(matrix, b[:, :, None])
         sound = finite & (info == 0) & torch.isfinite(x).all(dim=2).all(dim=1)
         x = torch.where(sound[:, None, None], x, 0)
-        size = torch.linalg.vector_norm(b - (matrix @ x)[:, :, 0], dim=1)
+        size = residual_size(b - (matrix @ x)[:, :, 0], x[:, :, 0])
         met = sound & (size <= max(rtol, level) * scale)
         status = torch.where(met, Status.CONVERGED, Status.BREAKDOWN)
         status = torch.where(finite, status, Status.NONFINITE)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from equilibria.linear.krylov import Operator
+from equilibria.norms import residual_size
 from equilibria.status import Status
 
 
@@ -67,7 +68,7 @@ def finish(
     """
     scale = torch.linalg.vector_norm(b, dim=1)
     x = torch.where((scale == 0)[:, None], 0, x)
-    size = torch.where(scale == 0, 0, torch.linalg.vector_norm(b - operator(x), dim=1))
+    size = torch.where(scale == 0, 0, residual_size(b - operator(x), x))
     error = size / torch.where(scale == 0, 1, scale)
     status = torch.where((otherwise == Status.MAX_STEPS) & (error <= level), Status.STALLED, otherwise)
     status = torch.where(torch.isfinite(error), status, Status.NONFINITE)

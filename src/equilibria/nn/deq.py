@@ -114,6 +114,10 @@ class DEQ(nn.Module):
     def _solve(self, inputs: tuple[Any, ...], keywords: dict[str, Any], z0: Any, state: WarmStart | None) -> Solution:
         self._refuse_random()
         max_steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
+        # Options of a layer are often changed after it was made.
+        check_options(
+            self.solver, self.adjoint, self.rtol, self.atol, max_steps, self.norm, self.batch_dims, self.on_failure
+        )
         z0 = self._start(inputs) if z0 is None else z0
         f, args = self._equation(inputs, keywords)
         problem = FixedPoint(

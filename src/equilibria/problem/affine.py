@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from equilibria.norms import residual_size
 from equilibria.problem.evaluation import Evaluation
 from equilibria.problem.linearization import Linearization
 
@@ -34,9 +35,7 @@ class Affine:
         self.evaluations += 1
         image = self.b + self.product(u)
         residual = image - u
-        # Where u has outgrown b by 1 / eps, b + M u - u cancels whatever u is: no residual is known to less than this.
-        noise = 0.25 * torch.finfo(u.dtype).eps * torch.linalg.vector_norm(u, dim=1)
-        size = torch.maximum(torch.linalg.vector_norm(residual, dim=1), noise)
+        size = residual_size(residual, u)
         error = torch.where(size == 0, size, size / self._scale)
         return Evaluation(u, image, residual, error, size, size <= self.rtol * self._scale, u, error)
 

@@ -23,6 +23,8 @@ class FixedPoint(Equation):
         return output
 
     def measure(self, z: Tensor, output: Tensor) -> Evaluation:
+        if not torch.is_grad_enabled() and len(self.layout.sizes) == 1:
+            output = output.clone()  # solvers keep it, and f may write all its outputs into one buffer of its own
         residual = output - z
         rtol, atol = self.rtol, self.atol
         assert rtol is not None

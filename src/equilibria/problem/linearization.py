@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class Linearization:
@@ -33,24 +34,33 @@ class Linearization:
     def product(self, u: Tensor) -> Tensor:
         """J u for each sample, by differentiating the transposed product, which is linear in its vector.
 
-        Where an operation has no second derivative (fused attention), by central differences of the function.
+        Fused attention has no second derivative, so that its plain form stands in; where an operation has none at all
+        (a compiled function), by central differences.
         """
         if not self.image.requires_grad:
             return torch.zeros_like(u)
-        if not self._by_differences:
-            try:
-                return self._by_duality(u)
-            except (NotImplementedError, RuntimeError) as error:
-                if "not implemented" not in str(error):
-                    raise
-                self._by_differences = True
+        if self._by_differences:
+            return self._difference(u)
+        try:
+            return self._by_duality(self.image, u)
+        except RuntimeError as error:
+            _refuse_others(error)
+        try:
+            self._dual = None
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                image = self.call(self.z)
+            return self._by_duality(image, u)
+        except RuntimeError as error:
+            _refuse_others(error)
+        self._dual = None
+        self._by_differences = True
         return self._difference(u)
 
-    def _by_duality(self, u: Tensor) -> Tensor:
+    def _by_duality(self, image: Tensor, u: Tensor) -> Tensor:
         if self._dual is None:
             with torch.enable_grad():
-                w = torch.zeros_like(self.image, requires_grad=True)
-                (transposed,) = torch.autograd.grad(self.image, self.z, w, create_graph=True, allow_unused=True)
+                w = torch.zeros_like(image, requires_grad=True)
+                (transposed,) = torch.autograd.grad(image, self.z, w, create_graph=True, allow_unused=True)
             self._dual = w, transposed
         w, transposed = self._dual
         if transposed is None or not transposed.requires_grad:
@@ -66,3 +76,9 @@ class Linearization:
         step = torch.finfo(u.dtype).eps ** (1 / 3) * scale / torch.where(size > 0, size, 1)
         difference = self.call(self.z + step * u) - self.call(self.z - step * u)
         return difference / (2 * step)
+
+
+def _refuse_others(error: RuntimeError) -> None:
+    """Raise again what is not the lack of a second derivative, as operations and compiled functions word it."""
+    if not any(words in str(error) for words in ("not implemented", "double backward")):
+        raise error

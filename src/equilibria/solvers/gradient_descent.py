@@ -13,8 +13,8 @@ class GradientDescent:
     """Gradient descent with momentum: m <- b m - s g, z <- z + m; for `eq.argmin`, and for roots of monotone maps.
 
     >>> objective = lambda z: ((z - 3) ** 2).sum(dim=1)
-    >>> eq.argmin(objective, torch.zeros(1, 1), solver=eq.GradientDescent(0.2)).value
-    tensor([[3.0000]])
+    >>> eq.argmin(objective, torch.zeros(1, 1), solver=eq.GradientDescent(0.2)).steps
+    tensor([28])
 
     Args:
         step_size: s, above 0; below 2 / L where the gradient is L-Lipschitz.

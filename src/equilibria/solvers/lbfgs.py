@@ -38,8 +38,8 @@ class Memory(NamedTuple):
 class LBFGS:
     """Limited-memory BFGS with a backtracking line search for each sample; minimises the objective of `eq.argmin`.
 
-    >>> eq.argmin(lambda z: ((z - 3) ** 2).sum(dim=1), torch.zeros(1, 2), solver=eq.LBFGS()).value
-    tensor([[3., 3.]])
+    >>> eq.argmin(lambda z: ((z - 3) ** 2).sum(dim=1), torch.zeros(1, 2), solver=eq.LBFGS()).value.tolist()
+    [[3.0, 3.0]]
 
     Args:
         history: pairs kept, at least 1; each costs two buffers of the state's size.

@@ -30,7 +30,7 @@ class Newton:
     """Newton's method with a line search for each sample, matrix-free.
 
     >>> eq.fixed_point(torch.cos, torch.zeros(1, 1, dtype=torch.float64), solver=eq.Newton()).steps
-    tensor([6])
+    tensor([9])
 
     The direction d solves J d = -g by products with the Jacobian alone; then the length is halved until the residual
     falls. A direction takes one differentiable evaluation of f besides its products, which is counted among the
@@ -57,6 +57,11 @@ class Newton:
         return None
 
     def step(self, problem: Problem, evaluation: Evaluation, memory: Memory | None) -> tuple[Tensor, Memory]:
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "Newton cannot be unrolled, since its directions come from solves of their own: differentiate its "
+                "solution by eq.Implicit(), or unroll eq.Broyden()."
+            )
         z, residual = evaluation.z, evaluation.residual
         size = torch.linalg.vector_norm(residual, dim=1)
         if memory is None:
