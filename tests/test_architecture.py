@@ -17,6 +17,7 @@ SOURCE = ROOT / "src"
 # The rooms of the library: a module imports its own room and those that stand above it. A new room takes its line here.
 ROOMS = [
     "tree",
+    "transforms",
     "norms",
     "status",
     "options",
@@ -26,6 +27,7 @@ ROOMS = [
     "solvers",
     "loop",
     "adjoints",
+    "functional",
     "solve",
     "fixed_point",
     "root",

@@ -85,7 +85,8 @@ def argmin(
         raise ValueError("has_aux cannot go with equality, whose multipliers are the aux: close over what you need.")
     A, b = _check_equality(equality, layout)
 
-    def stationarity(joint: Any, *args: Any) -> Any:
+    # A and b are arguments, since transforms follow nothing else.
+    def stationarity(joint: Any, A: Tensor, b: Tensor, *args: Any) -> Any:
         z, multiplier = layout.pack_start(joint["z"]), joint["multiplier"].reshape(layout.batch, -1)
         pull = layout.unpack(torch.einsum("bmn,bm->bn", A, multiplier))
         slope = layout.pack(gradient(joint["z"], *args))
@@ -94,7 +95,9 @@ def argmin(
 
     multiplier = torch.zeros(*layout.batch_shape, A.shape[1], dtype=layout.dtype, device=layout.device)
     joint = {"z": z0, "multiplier": multiplier}
-    problem = Root(stationarity, args, Layout.of(joint, batch_dims, state_dtype), norm, None, atol, has_aux=False)
+    problem = Root(
+        stationarity, (A, b, *args), Layout.of(joint, batch_dims, state_dtype), norm, None, atol, has_aux=False
+    )
     solution = solve(problem, joint, solver, adjoint, max_steps, failures, state, callback)
     return dataclasses.replace(solution, value=solution.value["z"], aux=solution.value["multiplier"].detach())
 

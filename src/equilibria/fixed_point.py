@@ -46,6 +46,12 @@ def fixed_point(
 
     A sample has converged when norm(f(z) - z) <= atol + rtol * norm(f(z)) in every leaf of the state.
 
+    Under `torch.func` (`grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`, `hessian`, `vmap`, in any composition) and in forward
+    mode there are derivatives of every order, with `eq.Implicit()` alone. What is differentiated and mapped there are
+    `args`, and an `f` that captures what would have to be is refused. Mapped axes are solved as samples of one batch:
+    the per-sample tensors of the solution have them, `callback` and `sol.adjoint` see them in front, and `sol.state`
+    holds where the solve ended but not what its solver learnt.
+
     Args:
         f: from a state and `args` to a state of the same structure and shapes. What it captures (parameters, inputs)
             gets gradients as well as `args`.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from equilibria.adjoints import Adjoint
+from equilibria.functional import solve_transformed
 from equilibria.loop import Iterate, Outcome, run
 from equilibria.norms import Norm
 from equilibria.options import check_callable, check_choice, check_integer, check_part, check_tolerance
@@ -14,6 +15,7 @@ from equilibria.problem import Equation
 from equilibria.solution import AdjointReport, Solution
 from equilibria.solvers import Solver
 from equilibria.status import ON_FAILURE, Failures
+from equilibria.transforms import transformed
 from equilibria.tree import STATE_DTYPES, Layout, detached
 
 Callback = Callable[[Iterate], object]
@@ -82,31 +84,41 @@ def solve(
         z, previous = _resume(state, layout, solver)
     z = z.clone()  # an f that changes its state in place is refused, but only once it has done so
 
-    def notify(z: Tensor, *per_sample: Tensor) -> None:
-        assert callback is not None
-        error, status, active = (t.reshape(layout.batch_shape) for t in per_sample)
-        with torch.no_grad():
-            callback(Iterate(problem.evaluations, layout.unpack(z.detach().clone()), error, status, active))
-
-    def iterate(problem: Equation) -> Outcome:
+    def search(problem: Equation, z: Tensor, previous: Any) -> Outcome:
         # An adjoint that has to solve once more does not tell the callback again.
-        tell = notify if callback is not None and problem.evaluations == 0 else None
+        tell = _telling(problem, callback) if callback is not None and problem.evaluations == 0 else None
         problem.evaluations = 0
         memory = solver.init(problem, z, previous)
         return run(problem, solver, z, memory, max_steps, tell, failures.agree)
 
     report = AdjointReport()
-    if torch.is_grad_enabled():
-        value, outcome = adjoint.attach(problem, iterate, failures, report)
+    if transformed():
+        result = solve_transformed(problem, z, lambda p, z: search(p, z.clone(), None), adjoint, failures, report)
+        value, status, steps, error, problem.evaluations = result
+        end = WarmStart(value.detach(), layout, solver, None)
     else:
-        outcome = iterate(problem)
-        value = outcome.z
-    failures.tell("solve", outcome.status, outcome.error)
-    end = WarmStart(outcome.z.detach().clone(), layout, solver, detached(outcome.memory))
-    problem.evaluations = outcome.evaluations
-    aux = problem.take_aux(outcome.z.detach(), failures.agree)
-    status, steps, error = (t.reshape(layout.batch_shape) for t in (outcome.status, outcome.steps, outcome.error))
+        if torch.is_grad_enabled():
+            value, outcome = adjoint.attach(problem, lambda problem: search(problem, z, previous), failures, report)
+        else:
+            outcome = search(problem, z, previous)
+            value = outcome.z
+        failures.tell("solve", outcome.status, outcome.error)
+        status, steps, error, problem.evaluations = outcome.status, outcome.steps, outcome.error, outcome.evaluations
+        end = WarmStart(outcome.z.detach().clone(), layout, solver, detached(outcome.memory))
+    aux = problem.take_aux(end.z, failures.agree)
+    status, steps, error = (t.reshape(layout.batch_shape) for t in (status, steps, error))
     return Solution(layout.unpack(value), status, steps, error, problem.evaluations, aux, end, report)
+
+
+def _telling(problem: Equation, callback: Callback) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    layout = problem.layout
+
+    def notify(z: Tensor, *per_sample: Tensor) -> None:
+        error, status, active = (t.reshape(layout.batch_shape) for t in per_sample)
+        with torch.no_grad():
+            callback(Iterate(problem.evaluations, layout.unpack(z.detach().clone()), error, status, active))
+
+    return notify
 
 
 def _resume(state: WarmStart, layout: Layout, solver: Solver) -> tuple[Tensor, Any]:

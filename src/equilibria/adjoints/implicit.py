@@ -78,13 +78,13 @@ class Implicit:
                 return problem.apply(z)
 
         def solve_linear(product: Product, v: Tensor) -> Tensor:
-            return self._solve(product, v, bad, problem, failures, report)
+            return self.solve_linear(product, v, bad, problem, failures, report)
 
         with cleaning as seal:
             value = implicit(lambda z: seal(apply(z)), apply, z, bad, self.order, solve_linear)
         return value if bad is None else torch.where(bad[:, None], outcome.z, value), outcome
 
-    def _solve(
+    def solve_linear(
         self,
         product: Product,
         v: Tensor,

@@ -17,6 +17,7 @@ from equilibria.solution import Solution
 from equilibria.solve import WarmStart, check_options, solve, uncompiled
 from equilibria.solvers import Anderson, Solver
 from equilibria.status import Failures, Status
+from equilibria.transforms import transformed
 from equilibria.tree import Layout
 
 
@@ -35,6 +36,9 @@ class DEQ(nn.Module):
 
     The start is `cell.initial_state(*inputs)` where the cell has one, else zeros like the first input. Further
     positional and keyword arguments of a call are passed on to the cell.
+
+    Under `torch.func`, with `functional_call` or without, parameters, buffers and all arguments of a call take part;
+    with a cell that is no module, the arguments alone.
 
     Args:
         cell: from a state and inputs to a state of the same structure; a module, so that its parameters are registered.
@@ -114,9 +118,10 @@ class DEQ(nn.Module):
             self.solver, self.adjoint, self.rtol, self.atol, max_steps, self.norm, self.batch_dims, self.on_failure
         )
         z0 = self._start(inputs) if z0 is None else z0
+        f, args = self._equation(inputs, keywords)
         problem = FixedPoint(
-            lambda z, *inputs: self.cell(z, *inputs, **keywords),
-            inputs,
+            f,
+            args,
             Layout.of(z0, self.batch_dims),
             self.norm,
             self.rtol,
@@ -127,6 +132,26 @@ class DEQ(nn.Module):
         solution = solve(problem, z0, self.solver, self.adjoint, max_steps, failures, state)
         record(self, solution)
         return solution
+
+    def _equation(
+        self, inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        if not transformed():
+            return lambda z, *inputs: self.cell(z, *inputs, **keywords), inputs
+        if not isinstance(self.cell, nn.Module):
+            cell = self.cell
+            return lambda z, inputs, keywords: cell(z, *inputs, **keywords), (inputs, keywords)
+        # Transforms follow arguments alone, and `functional_call` leaves theirs in the cell. Each tensor is listed once
+        # for each module that holds it, since `functional_call` puts back what it ties itself in the wrong order.
+        module, tensors = self.cell, {}
+        for path, part in module.named_modules():
+            own = (*part.named_parameters(path, False, False), *part.named_buffers(path, False, False))
+            tensors.update(own)
+
+        def call(z: Any, tensors: dict[str, Tensor], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            return torch.func.functional_call(module, tensors, (z, *inputs), keywords, tie_weights=False)
+
+        return call, (tensors, inputs, keywords)
 
     def _start(self, inputs: tuple[Any, ...]) -> Any:
         initial_state = getattr(self.cell, "initial_state", None)

@@ -55,6 +55,10 @@ class Equation:
         # The error below which rounding alone may be what stops progress: a number, or one for each sample.
         self.floor: float | Tensor = 0.0
 
+    def over(self, f: Callable[..., Any], args: tuple[Any, ...], layout: Layout) -> "Equation":
+        """The same kind of equation, to the same tolerances, of another function, which has no aux."""
+        return type(self)(f, args, layout, self.norm, self.rtol, self.atol, has_aux=False)
+
     def image(self, z: Tensor, output: Tensor) -> Tensor:
         """Where plain iteration goes from `z`, differentiably."""
         raise NotImplementedError

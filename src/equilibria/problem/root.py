@@ -9,6 +9,7 @@ from torch import Tensor
 
 from equilibria.problem.equation import Equation
 from equilibria.problem.evaluation import ATOL, Evaluation, rounding_level
+from equilibria.transforms import transforming
 from equilibria.tree import Layout
 
 
@@ -53,24 +54,15 @@ class Gradient:
         self.values: Tensor | None = None
 
     def __call__(self, z: Any, *args: Any) -> Any:
+        if transforming():
+            return self._transformed(z, *args)
         create_graph = torch.is_grad_enabled()
         leaves, spec = pytree.tree_flatten(z)
         with torch.enable_grad():
             leaves = [
                 leaf if leaf.requires_grad and create_graph else leaf.detach().requires_grad_() for leaf in leaves
             ]
-            output, aux = self.objective(pytree.tree_unflatten(leaves, spec), *args), None
-            if self.has_aux:
-                if not (isinstance(output, tuple) and len(output) == 2):
-                    raise TypeError("has_aux=True needs the objective to return a pair (scalars, aux).")
-                output, aux = output
-            shape = self.layout.batch_shape
-            if not isinstance(output, Tensor) or output.shape != shape or not output.is_floating_point():
-                got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(
-                    f"The objective must return one floating scalar a sample, of shape {tuple(shape)}, but returned "
-                    f"{got}: sum over the entries of each sample."
-                )
+            output, aux = self._evaluate(pytree.tree_unflatten(leaves, spec), args)
             gradients = (None,) * len(leaves)
             if output.requires_grad:
                 gradients = torch.autograd.grad(output.sum(), leaves, create_graph=create_graph, allow_unused=True)
@@ -78,3 +70,23 @@ class Gradient:
         gradients = [torch.zeros_like(z) if g is None else g for g, z in zip(gradients, leaves, strict=True)]
         result = pytree.tree_unflatten(gradients, spec)
         return (result, aux) if self.has_aux else result
+
+    def _transformed(self, z: Any, *args: Any) -> Any:
+        # Transforms refuse requires_grad_; and what is computed inside one of them must not leave it by the side.
+        result = torch.func.grad(lambda z: self._evaluate(z, args)[0].sum())(z)
+        return (result, self._evaluate(z, args)[1]) if self.has_aux else result
+
+    def _evaluate(self, z: Any, args: tuple[Any, ...]) -> tuple[Tensor, Any]:
+        output, aux = self.objective(z, *args), None
+        if self.has_aux:
+            if not (isinstance(output, tuple) and len(output) == 2):
+                raise TypeError("has_aux=True needs the objective to return a pair (scalars, aux).")
+            output, aux = output
+        shape = self.layout.batch_shape
+        if not isinstance(output, Tensor) or output.shape != shape or not output.is_floating_point():
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"The objective must return one floating scalar a sample, of shape {tuple(shape)}, but returned "
+                f"{got}: sum over the entries of each sample."
+            )
+        return output, aux
