@@ -17,6 +17,7 @@ SOURCE = ROOT / "src"
 # The rooms of the library: a module imports its own room and those that stand above it. A new room takes its line here.
 ROOMS = [
     "tree",
+    "transforms",
     "norms",
     "status",
     "options",
@@ -26,6 +27,8 @@ ROOMS = [
     "solvers",
     "loop",
     "adjoints",
+    "functional",
+    "solve",
     "fixed_point",
     "root",
     "argmin",
@@ -36,7 +39,7 @@ ROOMS = [
 ]
 
 # Modules of the library that may import one third-party package more than torch, which an extra then installs.
-OPTIONAL: dict[str, set[str]] = {}
+OPTIONAL: dict[str, set[str]] = {"equilibria.diagnostics.plots": {"matplotlib"}}
 
 # Modules longer than 300 lines, each with the reason why it is not two.
 LONG: dict[str, str] = {}

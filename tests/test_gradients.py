@@ -29,22 +29,44 @@ SOLVERS = {
     "anderson": eq.Anderson(),
     "anderson-relaxed": eq.Anderson(relaxation=0.7),
     "anderson-long": eq.Anderson(history=12),  # longer than the state
+    "broyden": eq.Broyden(),
+    "newton": eq.Newton(),
+    "newton-dense": eq.Newton(eq.Dense()),
 }
+UNROLLABLE = {name: solver for name, solver in SOLVERS.items() if not name.startswith("newton")}
 EXACT = {
     "implicit": eq.Implicit(rtol=1e-12),
     "implicit-gmres": eq.Implicit(solver=eq.GMRES(), rtol=1e-12),
     "implicit-gmres-restarted": eq.Implicit(solver=eq.GMRES(restart=2), rtol=1e-12, max_steps=400),
     "implicit-picard": eq.Implicit(solver=eq.Picard(), rtol=1e-12, max_steps=200),
     "implicit-anderson": eq.Implicit(solver=eq.Anderson(), rtol=1e-12),
+    "implicit-broyden": eq.Implicit(solver=eq.Broyden(), rtol=1e-12),
+    "implicit-bicgstab": eq.Implicit(solver=eq.BiCGSTAB(), rtol=1e-12),
+    "implicit-dense": eq.Implicit(solver=eq.Dense()),
+    "implicit-order-2": eq.Implicit(rtol=1e-12, order=2),
     "unrolled": eq.Unrolled(),
     "unrolled-checkpoint": eq.Unrolled(checkpoint=True),
 }
-EVERY = {**EXACT, "phantom": eq.Phantom(steps=3), "phantom-relaxed": eq.Phantom(3, relaxation=0.5), "one": eq.OneStep()}
-FIRST_ORDER = [eq.Implicit(), eq.Implicit(solver=eq.Picard()), eq.Phantom(2), eq.OneStep()]
+EVERY = {
+    **EXACT,
+    "phantom": eq.Phantom(steps=3),
+    "phantom-relaxed": eq.Phantom(3, relaxation=0.5),
+    "one": eq.OneStep(),
+    "neumann": eq.Neumann(3),
+}
+FIRST_ORDER = [eq.Implicit(), eq.Implicit(solver=eq.Picard()), eq.Phantom(2), eq.OneStep(), eq.Neumann(2)]
 
 
 def named(table: dict):
     return [pytest.param(value, id=name) for name, value in table.items()]
+
+
+PAIRS = [
+    pytest.param(solver, adjoint, id=f"{a}-{b}")
+    for a, solver in SOLVERS.items()
+    for b, adjoint in EXACT.items()
+    if a in UNROLLABLE or not isinstance(adjoint, eq.Unrolled)
+]
 
 
 def problem(structure: str, batch_dims: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,9 +81,12 @@ def problem(structure: str, batch_dims: int, seed: int = 0) -> tuple[Tensor, Ten
 SHAPES = [("tensor", 1), ("tuple", 1), ("dict", 1), ("nested", 1), ("nested", 0), ("nested", 2)]
 
 
-@pytest.mark.parametrize(("structure", "batch_dims"), SHAPES)
-@pytest.mark.parametrize("adjoint", named(EXACT))
-@pytest.mark.parametrize("solver", named(SOLVERS))
+@pytest.mark.parametrize(
+    ("solver", "adjoint", "structure", "batch_dims"),
+    # Every solver on every structure, and every adjoint on every structure: pairs of the two have a test of their own.
+    [pytest.param(s, EXACT["implicit"], *shape, id=f"{a}-{shape}") for a, s in SOLVERS.items() for shape in SHAPES]
+    + [pytest.param(eq.Anderson(), d, *shape, id=f"{b}-{shape}") for b, d in EXACT.items() for shape in SHAPES],
+)
 def test_gradcheck_for_every_solver_adjoint_and_structure(solver, adjoint, structure, batch_dims):
     zeros, w, x = problem(structure, batch_dims)
     f, z0 = tanh_map(structure, batch_dims), split(zeros, structure)
@@ -75,8 +100,7 @@ def test_gradcheck_for_every_solver_adjoint_and_structure(solver, adjoint, struc
 
 
 @pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("adjoint", named(EXACT))
-@pytest.mark.parametrize("solver", named(SOLVERS))
+@pytest.mark.parametrize(("solver", "adjoint"), PAIRS)
 def test_gradcheck_of_every_entry(solver, adjoint, captured):
     w, x = matrix(2, 0, 0.2).requires_grad_(), normal(2, 2, seed=1).requires_grad_()
     options = {"solver": solver, "adjoint": adjoint, **TIGHT}
@@ -122,7 +146,7 @@ def test_gradcheck_on_a_map_that_expands(solver, adjoint):
     assert torch.autograd.gradcheck(solve, (a, x))
 
 
-@pytest.mark.parametrize("solver", named(SOLVERS))
+@pytest.mark.parametrize("solver", named(UNROLLABLE))
 def test_gradcheck_of_the_start_of_an_unrolled_iteration(solver):
     _, w, x = problem("tensor", 1)
     z0 = normal(2, 4, seed=3).requires_grad_()
@@ -261,7 +285,7 @@ def test_second_derivatives_of_first_order_adjoints_are_refused_in_words(adjoint
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("solver", named(SOLVERS))
+@pytest.mark.parametrize("solver", named(UNROLLABLE))
 def test_unrolled_has_second_derivatives(solver, checkpoint):
     w = matrix(2, 0, 0.4).requires_grad_()
     x = normal(2, 2, seed=1).requires_grad_()
@@ -273,6 +297,61 @@ def test_unrolled_has_second_derivatives(solver, checkpoint):
         return eq.fixed_point(lambda z: torch.tanh(z @ w + x), zeros, **options).value
 
     assert torch.autograd.gradgradcheck(solve, (w, x), atol=1e-4)
+
+
+def second_order(name: str, solve, *inputs: Tensor) -> None:
+    assert torch.autograd.gradcheck(solve, inputs), name
+    assert torch.autograd.gradgradcheck(solve, inputs, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "linear", [None, eq.GMRES(), eq.BiCGSTAB(), eq.Dense(), eq.Picard(), eq.Anderson(), eq.Broyden()], ids=repr
+)
+@pytest.mark.parametrize("solver", named(SOLVERS))
+def test_second_derivatives_of_implicit(solver, linear):
+    w, x = matrix(2, 0, 0.4).requires_grad_(), normal(2, 2, seed=1).requires_grad_()
+    adjoint = eq.Implicit(solver=linear, rtol=1e-12, max_steps=200, order=2)
+    zeros = torch.zeros(2, 2, dtype=DOUBLE)
+
+    def solve(w, x):  # w is captured
+        return eq.fixed_point(
+            lambda z, x: torch.tanh(z @ w + x), zeros, x, solver=solver, adjoint=adjoint, **TIGHT
+        ).value
+
+    second_order("implicit", solve, w, x)
+
+
+def test_second_derivatives_on_a_map_that_expands():
+    a = torch.tensor([0.5, -0.3, 0.2], dtype=DOUBLE, requires_grad=True)
+    x, zeros = normal(2, 3, seed=0).requires_grad_(), torch.zeros(2, 3, dtype=DOUBLE)
+    options = {"solver": eq.Newton(), "adjoint": eq.Implicit(rtol=1e-12, order=2), **TIGHT}
+    second_order("expanding", lambda a, x: eq.fixed_point(expanding, zeros, a, x, **options).value, a, x)
+
+
+def test_second_derivatives_of_roots_and_minima():
+    a = normal(2, 3, seed=0).exp().requires_grad_()
+    ones, options = torch.ones(2, 3, dtype=DOUBLE), {"atol": 1e-12, "adjoint": eq.Implicit(rtol=1e-12, order=2)}
+    second_order("root", lambda a: eq.root(lambda z, a: z**3 + a * z - 1, ones, a, **options).value, a)
+
+    def objective(z, a):
+        return torch.logsumexp(z, dim=1) + 0.5 * (a * (z - a) ** 2).sum(dim=1)
+
+    second_order("argmin", lambda a: eq.argmin(objective, 0 * ones, a, **options).value, a)
+
+
+def test_third_derivatives_of_implicit_are_refused_in_words():
+    zeros, w, x = problem("tensor", 1)
+    z = eq.fixed_point(tanh_map(), zeros, w, x, adjoint=eq.Implicit(order=2), **TIGHT).value
+    (first,) = torch.autograd.grad(z.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"eq\.Unrolled\(\)"):
+        torch.autograd.grad(first.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("adjoint", [eq.Unrolled(), eq.Unrolled(checkpoint=True)])
+def test_newton_unrolled_is_refused_in_words(adjoint):
+    zeros, w, x = problem("tensor", 1)
+    with pytest.raises(ValueError, match=r"Newton cannot be unrolled.*eq\.Implicit\(\)"):
+        eq.fixed_point(tanh_map(), zeros, w, x, solver=eq.Newton(), adjoint=adjoint, **TIGHT)
 
 
 # Samples that fail.

@@ -98,8 +98,8 @@ def test_on_failure(part, value):
     refused(lambda: part(value), ValueError, "on_failure", "'raise'", "'warn'", "'ignore'", repr(value))
 
 
-def test_orders_that_do_not_exist_yet():
-    refused(lambda: eq.Implicit(order=2), ValueError, "order", "1", "2")
+def test_orders_that_do_not_exist():
+    refused(lambda: eq.Implicit(order=3), ValueError, "order", "1, 2", "3")
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes", 0.0])

@@ -1,14 +1,16 @@
 """Implicit layers and Deep Equilibrium Models for PyTorch."""
 
 from equilibria import diagnostics, nn
-from equilibria.adjoints import Adjoint, Implicit, OneStep, Phantom, Unrolled
+from equilibria.adjoints import Adjoint, Implicit, Neumann, OneStep, Phantom, Unrolled
+from equilibria.argmin import argmin
 from equilibria.fixed_point import fixed_point
-from equilibria.linear import GMRES, LinearSolution, LinearSolver
+from equilibria.linear import GMRES, BiCGSTAB, ConjugateGradient, Dense, LinearSolution, LinearSolver
 from equilibria.loop import Iterate
 from equilibria.nn import DEQ, monitor
 from equilibria.norms import max_norm, rms_norm
+from equilibria.root import root
 from equilibria.solution import AdjointReport, Solution
-from equilibria.solvers import Anderson, Picard, Solver
+from equilibria.solvers import LBFGS, Anderson, Broyden, GradientDescent, Newton, Picard, Solver
 from equilibria.status import ConvergenceWarning, SolveError, Status
 
 __version__ = "0.1.0.dev0"
@@ -16,14 +18,22 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "DEQ",
     "GMRES",
+    "LBFGS",
     "Adjoint",
     "AdjointReport",
     "Anderson",
+    "BiCGSTAB",
+    "Broyden",
+    "ConjugateGradient",
     "ConvergenceWarning",
+    "Dense",
+    "GradientDescent",
     "Implicit",
     "Iterate",
     "LinearSolution",
     "LinearSolver",
+    "Neumann",
+    "Newton",
     "OneStep",
     "Phantom",
     "Picard",
@@ -33,10 +43,12 @@ __all__ = [
     "Status",
     "Unrolled",
     "__version__",
+    "argmin",
     "diagnostics",
     "fixed_point",
     "max_norm",
     "monitor",
     "nn",
     "rms_norm",
+    "root",
 ]

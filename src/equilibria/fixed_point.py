@@ -1,33 +1,22 @@
 """The entry point for equilibria."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from equilibria.adjoints import Adjoint, Implicit
-from equilibria.loop import Iterate, Outcome, run
 from equilibria.norms import Norm, rms_norm
-from equilibria.options import check_callable, check_choice, check_integer, check_part, check_tolerance
+from equilibria.options import check_callable
 from equilibria.problem import FixedPoint
-from equilibria.solution import AdjointReport, Solution
+from equilibria.solution import Solution
+from equilibria.solve import Callback, WarmStart, check_options, solve, uncompiled
 from equilibria.solvers import Anderson, Solver
-from equilibria.status import ON_FAILURE, Failures
-from equilibria.tree import STATE_DTYPES, Layout, detached
-
-Callback = Callable[[Iterate], object]
+from equilibria.status import Failures
+from equilibria.tree import Layout
 
 
-class WarmStart(NamedTuple):
-    """`Solution.state`: where a solve ended, and what its solver had learnt."""
-
-    z: Tensor
-    layout: Layout
-    solver: Solver
-    memory: Any
-
-
+@uncompiled
 def fixed_point(
     f: Callable[..., Any],
     z0: Any,
@@ -56,6 +45,12 @@ def fixed_point(
     >>> sol.value.sum().backward()  # the gradient of the equilibrium, into W
 
     A sample has converged when norm(f(z) - z) <= atol + rtol * norm(f(z)) in every leaf of the state.
+
+    Under `torch.func` (`grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`, `hessian`, `vmap`, in any composition) and in forward
+    mode there are derivatives of every order, with `eq.Implicit()` alone. What is differentiated and mapped there are
+    `args`, and an `f` that captures what would have to be is refused. Mapped axes are solved as samples of one batch:
+    the per-sample tensors of the solution have them, `callback` and `sol.adjoint` see them in front, and `sol.state`
+    holds where the solve ended but not what its solver learnt.
 
     Args:
         f: from a state and `args` to a state of the same structure and shapes. What it captures (parameters, inputs)
@@ -86,120 +81,7 @@ def fixed_point(
         SolveError: a sample failed and `on_failure` is "raise".
         TypeError, ValueError: an option or what `f` returned makes no sense; the message says what is allowed.
     """
-    failures = Failures(on_failure, process_group)
-    return _solve_uncompiled(
-        f,
-        z0,
-        args,
-        solver,
-        adjoint,
-        rtol,
-        atol,
-        max_steps,
-        norm,
-        batch_dims,
-        failures,
-        has_aux,
-        state,
-        state_dtype,
-        callback,
-    )
-
-
-def check_options(
-    solver: Solver,
-    adjoint: Adjoint,
-    rtol: float | None,
-    atol: float | None,
-    max_steps: int,
-    norm: Norm,
-    batch_dims: int,
-    on_failure: str,
-) -> None:
-    """Raise where an option makes no sense, in words that say what would."""
-    check_part("solver", solver, ("init", "step"), "eq.Anderson()")
-    check_part("adjoint", adjoint, ("attach",), "eq.Implicit()")
-    check_tolerance("rtol", rtol)
-    check_tolerance("atol", atol)
-    check_integer("max_steps", max_steps, 1)
-    check_callable("norm", norm)
-    check_integer("batch_dims", batch_dims, 0)
-    check_choice("on_failure", on_failure, ON_FAILURE)
-
-
-def solve(
-    f: Callable[..., Any],
-    z0: Any,
-    args: tuple[Any, ...],
-    solver: Solver,
-    adjoint: Adjoint,
-    rtol: float | None,
-    atol: float | None,
-    max_steps: int,
-    norm: Norm,
-    batch_dims: int,
-    failures: Failures,
-    has_aux: bool = False,
-    state: WarmStart | None = None,
-    state_dtype: torch.dtype | None = None,
-    callback: Callback | None = None,
-) -> Solution:
-    """`fixed_point` with its policy for failures as an object, which a layer keeps."""
     check_callable("f", f)
-    check_options(solver, adjoint, rtol, atol, max_steps, norm, batch_dims, failures.on_failure)
-    if state_dtype is not None:
-        check_choice("state_dtype", state_dtype, STATE_DTYPES)
-    if callback is not None:
-        check_callable("callback", callback)
-    layout = Layout.of(z0, batch_dims, state_dtype)
-    if state is None:
-        z, previous = layout.round(layout.pack_start(z0)), None
-    else:
-        z, previous = _resume(state, layout, solver)
-    z = z.clone()  # an f that changes its state in place is refused, but only once it has done so
-    problem = FixedPoint(f, args, layout, norm, rtol, atol, has_aux)
-
-    def notify(z: Tensor, *per_sample: Tensor) -> None:
-        assert callback is not None
-        error, status, active = (t.reshape(layout.batch_shape) for t in per_sample)
-        with torch.no_grad():
-            callback(Iterate(problem.evaluations, layout.unpack(z.detach().clone()), error, status, active))
-
-    def iterate(problem: FixedPoint) -> Outcome:
-        # An adjoint that has to solve once more does not tell the callback again.
-        tell = notify if callback is not None and problem.evaluations == 0 else None
-        problem.evaluations = 0
-        memory = solver.init(problem, z, previous)
-        return run(problem, solver, z, memory, max_steps, tell, failures.agree)
-
-    report = AdjointReport()
-    if torch.is_grad_enabled():
-        value, outcome = adjoint.attach(problem, iterate, failures, report)
-    else:
-        outcome = iterate(problem)
-        value = outcome.z
-    failures.tell("solve", outcome.status, outcome.error)
-    end = WarmStart(outcome.z.detach().clone(), layout, solver, detached(outcome.memory))
-    problem.evaluations = outcome.evaluations
-    aux = problem.take_aux(outcome.z.detach(), failures.agree)
-    status, steps, error = (t.reshape(layout.batch_shape) for t in (outcome.status, outcome.steps, outcome.error))
-    return Solution(layout.unpack(value), status, steps, error, problem.evaluations, aux, end, report)
-
-
-# The loop is data-dependent and holds no graph worth capturing; an f that is compiled stays compiled.
-_solve_uncompiled: Callable[..., Solution] = torch.compiler.disable(solve)  # pyright: ignore[reportAssignmentType]
-
-
-def _resume(state: WarmStart, layout: Layout, solver: Solver) -> tuple[Tensor, Any]:
-    if not isinstance(state, WarmStart):
-        raise TypeError(f"state must be the state of an earlier Solution, sol.state, not {type(state).__name__}.")
-    if state.layout != layout:
-        raise ValueError(
-            f"state comes from a solve of {_describe(state.layout)}; this one is of {_describe(layout)}: start from z0 "
-            "instead."
-        )
-    return state.z, state.memory if state.solver == solver else None
-
-
-def _describe(layout: Layout) -> str:
-    return f"shapes {[tuple(shape) for shape in layout.shapes]}, {layout.dtype}, on {layout.device}"
+    check_options(solver, adjoint, rtol, atol, max_steps, norm, batch_dims, on_failure, state_dtype, callback)
+    problem = FixedPoint(f, args, Layout.of(z0, batch_dims, state_dtype), norm, rtol, atol, has_aux)
+    return solve(problem, z0, solver, adjoint, max_steps, Failures(on_failure, process_group), state, callback)

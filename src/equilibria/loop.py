@@ -94,7 +94,7 @@ def run(
             since = torch.where(fell, 0, since + 1)
             reference = torch.where(fell, error, reference)
             converged = active & evaluation.satisfied & finite
-            stalled = (since >= STALL_WINDOW) & (best_error <= problem.level)
+            stalled = (since >= STALL_WINDOW) & (best_error <= problem.floor)
             failed = active & ~converged & (stalled | ~finite)
             ended = converged | failed
             # One look at the device a step; what only changes when a sample ends is touched only then.
@@ -117,6 +117,6 @@ def run(
             final_error = torch.where(active, best_error, final_error)
             z = torch.where(active[:, None], best, settled)
             return Outcome(z, status, steps, final_error, problem.evaluations, memory)
-        proposal, memory = solver.step(problem, evaluation._replace(best=best), memory)
+        proposal, memory = solver.step(problem, evaluation._replace(best=best, best_error=best_error), memory)
         z = problem.round(proposal if all_active else torch.where(active[:, None], proposal, settled))
         first = False

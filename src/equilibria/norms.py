@@ -45,5 +45,14 @@ def max_norm(leaf: Tensor) -> Tensor:
     return flat.abs().amax(dim=1).to(_accumulation(flat))
 
 
+def residual_size(residual: Tensor, x: Tensor) -> Tensor:
+    """The norm of a residual for each sample, no less than what rounding of `x` leaves to be known of it.
+
+    Where x has outgrown b by 1 / eps, as on singular systems, A x - b cancels whatever x is.
+    """
+    noise = 0.25 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(x, dim=1)
+    return torch.maximum(torch.linalg.vector_norm(residual, dim=1), noise)
+
+
 def _accumulation(leaf: Tensor) -> torch.dtype:
     return torch.promote_types(leaf.dtype, torch.float32)

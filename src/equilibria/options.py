@@ -52,3 +52,11 @@ def check_part(name: str, value: Any, methods: tuple[str, ...], example: str) ->
     missing = [method for method in methods if not callable(getattr(value, method, None))]
     if missing:
         raise TypeError(f"{name} must have {' and '.join(methods)}, as {example} has; {value!r} lacks {missing[0]}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless `value` is a finite number above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number above 0, not {value!r}.")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and above 0, not {value}.")

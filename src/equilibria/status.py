@@ -21,6 +21,7 @@ class Status(enum.IntEnum):
     MAX_STEPS = 1
     NONFINITE = 2
     STALLED = 3
+    BREAKDOWN = 4
 
     @property
     def meaning(self) -> str:
@@ -38,6 +39,7 @@ _MEANING = {
     Status.MAX_STEPS: "did not meet the tolerance within the allowed evaluations",
     Status.NONFINITE: "met NaN or infinity",
     Status.STALLED: "stopped improving at the rounding level of the dtype",
+    Status.BREAKDOWN: "met a singular or indefinite linear system",
 }
 _REMEDY = {
     Status.CONVERGED: "nothing",
@@ -46,6 +48,7 @@ _REMEDY = {
     ),
     Status.NONFINITE: "look for NaN in the inputs, lower the solver's relaxation, or start nearer by z0",
     Status.STALLED: "loosen rtol or compute f in a wider dtype: rounding, not the solver, is what stops it",
+    Status.BREAKDOWN: "take another linear solver (eq.GMRES(), eq.Dense()), or look whether the solution is isolated",
 }
 
 

@@ -1,7 +1,7 @@
 """A state of any structure as one buffer of shape (batch, n), and back."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,11 @@ class Layout:
     def batch(self) -> int:
         """The number of independent samples."""
         return math.prod(self.batch_shape)
+
+    def repeated(self, sizes: tuple[int, ...]) -> "Layout":
+        """The layout of a state with further batch dimensions in front of the others."""
+        shapes = tuple(torch.Size((*sizes, *shape)) for shape in self.shapes)
+        return replace(self, shapes=shapes, batch_shape=torch.Size((*sizes, *self.batch_shape)))
 
     def pack(self, tree: Any, name: str = "f") -> Tensor:
         """Lay a tree of this structure into one buffer; `name` says in errors whose output it is."""

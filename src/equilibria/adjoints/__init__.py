@@ -1,9 +1,10 @@
 """Adjoints: how a solution is attached to the autograd graph."""
 
 from equilibria.adjoints.implicit import Implicit
+from equilibria.adjoints.neumann import Neumann
 from equilibria.adjoints.onestep import OneStep
 from equilibria.adjoints.phantom import Phantom
 from equilibria.adjoints.protocol import Adjoint
 from equilibria.adjoints.unrolled import Unrolled
 
-__all__ = ["Adjoint", "Implicit", "OneStep", "Phantom", "Unrolled"]
+__all__ = ["Adjoint", "Implicit", "Neumann", "OneStep", "Phantom", "Unrolled"]

@@ -18,35 +18,31 @@ class _Zero(torch.autograd.Function):
     """Zeros whose backward is `pull`: added to a detached value, they give it a gradient and leave its bits alone."""
 
     @staticmethod
-    def forward(ctx: Any, delta: Tensor, z: Tensor, pull: Pull, refusal: str) -> Tensor:
+    def forward(ctx: Any, delta: Tensor, z: Tensor, pull: Pull) -> Tensor:
         ctx.save_for_backward(z)
         ctx.pull = pull
-        ctx.refusal = refusal
         return torch.full_like(delta, -0.0)  # z + 0.0 would turn a -0.0 of z into 0.0
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(ctx.refusal)
-        return ctx.pull(ctx.saved_tensors[0], grads[0]), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.pull(ctx.saved_tensors[0], grads[0]), None, None
 
 
-def attach(z: Tensor, image: Tensor, bad: Tensor | None, pull: Pull, refusal: str) -> Tensor:
+def attach(z: Tensor, image: Tensor, bad: Tensor | None, pull: Pull) -> Tensor:
     """`z` bit for bit, whose gradient v reaches `image` as `pull(z, v)`.
 
     Args:
-        z: the detached solution, (batch, n).
+        z: the solution, (batch, n).
         image: the differentiable evaluation, (batch, n).
         bad: samples to leave out, which get zero gradient, or None.
-        pull: from (z, v) to the gradient of `image`.
-        refusal: what to say when second derivatives are asked for.
+        pull: from (z, v) to the gradient of `image`; runs with grad mode on where that is to be differentiated.
     """
     if not image.requires_grad:
         return z
     delta = image - z
     if bad is not None:
         delta = torch.where(bad[:, None], 0, delta)
-    return z + _Zero.apply(delta, z, pull, refusal)
+    return z + _Zero.apply(delta, z, pull)
 
 
 def shield(outcome: Outcome, agree: Agree = bool) -> tuple[Tensor, Tensor | None, AbstractContextManager[Seal]]:

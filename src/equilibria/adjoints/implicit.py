@@ -8,18 +8,21 @@ from torch import Tensor
 
 from equilibria.adjoints.attachment import attach, autocast_state, shield
 from equilibria.adjoints.protocol import Solve
-from equilibria.linear import GMRES, LinearSolution, LinearSolver
+from equilibria.linear import GMRES, Dense, LinearSolution, LinearSolver
 from equilibria.loop import Agree, Outcome, run
 from equilibria.options import check_choice, check_integer, check_part, check_tolerance
-from equilibria.problem import RTOL, Affine, FixedPoint
+from equilibria.problem import RTOL, Affine, Equation, Linearization
 from equilibria.solution import AdjointReport
 from equilibria.solvers import Picard, Solver
 from equilibria.status import Failures, Status
 
 REFUSAL = (
-    "Implicit(order=1) gives first derivatives only: take them without create_graph=True, "
-    "or use eq.Unrolled(), which has all orders."
+    "This gradient was taken with create_graph=True beyond the order of its adjoint: "
+    "use eq.Implicit(order=2) for second derivatives, eq.Unrolled() for all."
 )
+
+Call = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class Implicit:
 
     Args:
         solver: a linear solver, or a solver of fixed points: `Implicit(solver=eq.Picard())` is recurrent
-            back-propagation. None takes `GMRES`, and plain iteration for the samples it does not solve (a restarted
-            GMRES stagnates on nilpotent Jacobians, where plain iteration is exact).
+            back-propagation. None takes `GMRES`; plain iteration for the samples it does not solve (a restarted GMRES
+            stagnates on nilpotent Jacobians, where plain iteration is exact); and `Dense` for those that this does not
+            solve either, where the state has no more entries than `max_steps`.
         rtol: tolerance relative to v; None takes that of the forward solve, never looser than 1e-2.
-        max_steps: products allowed, for GMRES and for what follows it each.
-        order: 1; the highest derivative.
+        max_steps: products allowed, for each of the solvers that have their turn.
+        order: 1, or 2 where derivatives of the gradient are asked for; it costs one more evaluation and one more
+            backward solve.
 
     Sources: Bai, Kolter and Koltun (2019), theorem 1; Almeida (1987); Pineda (1987).
     """
@@ -57,34 +62,34 @@ class Implicit:
         check_tolerance("rtol", self.rtol)
         check_integer("max_steps", self.max_steps, 1)
         check_integer("order", self.order, 1)
-        check_choice("order", self.order, (1,))
+        check_choice("order", self.order, (1, 2))
 
     def attach(
-        self, problem: FixedPoint, solve: Solve, failures: Failures, report: AdjointReport
+        self, problem: Equation, solve: Solve, failures: Failures, report: AdjointReport
     ) -> tuple[Tensor, Outcome]:
         with torch.no_grad():
             outcome = solve(problem)
-        z, bad, cleaning = shield(outcome)
-        with cleaning as seal:
-            image = seal(problem.apply(z))
-        report.evaluations += 1
+        z, bad, cleaning = shield(outcome, failures.agree)
         autocast = autocast_state(z.device)
 
-        def pull(z: Tensor, v: Tensor) -> Tensor:
-            with autocast():
-                jacobian = problem.linearize(z)
+        def apply(z: Tensor) -> Tensor:
             report.evaluations += 1
-            return self._solve(jacobian.transposed_product, v, bad, problem, failures, report)
+            with autocast():
+                return problem.apply(z)
 
-        value = attach(z, image, bad, pull, REFUSAL)
+        def solve_linear(product: Product, v: Tensor) -> Tensor:
+            return self.solve_linear(product, v, bad, problem, failures, report)
+
+        with cleaning as seal:
+            value = implicit(lambda z: seal(apply(z)), apply, z, bad, self.order, solve_linear)
         return value if bad is None else torch.where(bad[:, None], outcome.z, value), outcome
 
-    def _solve(
+    def solve_linear(
         self,
-        product: Callable[[Tensor], Tensor],
+        product: Product,
         v: Tensor,
         bad: Tensor | None,
-        problem: FixedPoint,
+        problem: Equation,
         failures: Failures,
         report: AdjointReport,
     ) -> Tensor:
@@ -106,9 +111,7 @@ class Implicit:
         u = torch.where(solvable[:, None], found.x * scale[:, None], v)
         return u if bad is None else torch.where(bad[:, None], 0, u)
 
-    def _solve_scaled(
-        self, product: Callable[[Tensor], Tensor], b: Tensor, rtol: float, level: float, agree: Agree
-    ) -> LinearSolution:
+    def _solve_scaled(self, product: Product, b: Tensor, rtol: float, level: float, agree: Agree) -> LinearSolution:
         def operator(u: Tensor) -> Tensor:
             return u - product(u)
 
@@ -118,16 +121,64 @@ class Implicit:
             return LinearSolution(found.z, found.status, found.steps, found.error, found.evaluations)
 
         if self.solver is None:
-            first = GMRES().solve(operator, b, rtol, level, self.max_steps, agree)
-            unsolved = first.status == Status.MAX_STEPS
-            if not agree(bool(unsolved.any())):
-                return first
-            # Solved samples wait at the solution of 0 = 0, which takes no step.
-            start, rest = (torch.where(unsolved[:, None], t, 0) for t in (first.x, b))
-            return _better(first, iterate(Picard(), start, rest), unsolved)
+            found = GMRES().solve(operator, b, rtol, level, self.max_steps, agree)
+            unsolved = (found.status == Status.MAX_STEPS) | (found.status == Status.BREAKDOWN)
+            if agree(bool(unsolved.any())):
+                # Solved samples wait at the solution of 0 = 0, which takes no step.
+                start, rest = (torch.where(unsolved[:, None], t, 0) for t in (found.x, b))
+                found = _better(found, iterate(Picard(), start, rest), unsolved)
+            unsolved = unsolved & (found.status != Status.CONVERGED) & (found.status != Status.STALLED)
+            if b.shape[1] <= self.max_steps and agree(bool(unsolved.any())):
+                rest = torch.where(unsolved[:, None], b, 0)
+                found = _better(found, Dense().solve(operator, rest, rtol, level, self.max_steps, agree), unsolved)
+            return found
         if isinstance(self.solver, LinearSolver):
             return self.solver.solve(operator, b, rtol, level, self.max_steps, agree)
         return iterate(self.solver, b, b)
+
+
+def implicit(
+    outer: Call,
+    call: Call,
+    z: Tensor,
+    bad: Tensor | None,
+    order: int,
+    solve_linear: Callable[[Product, Tensor], Tensor],
+) -> Tensor:
+    """`z`, the solution of z = call(z), with derivatives up to `order`; each is one Newton step whose value is zero.
+
+    The backward of a step solves u = v + J^T u. Where backward is itself differentiated, u is in turn the solution of
+    that equation, which depends on v, on z and on all that `call` captures, and is attached in the same way. With a
+    single step second derivatives would miss how the solution moves the Jacobian.
+
+    Args:
+        outer: `call` as it is made now; `call` as it is made again in backward.
+        z: detached, (batch, n).
+        bad: samples to leave out, or None.
+        order: highest derivative.
+        solve_linear: from products u -> J^T u and v to u.
+    """
+
+    def pull(z: Tensor, v: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return solve_linear(Linearization(call, z).transposed_product, v)
+        if order == 1:
+            raise RuntimeError(REFUSAL)
+        with torch.no_grad():
+            u = solve_linear(Linearization(call, z).transposed_product, v)
+        start = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
+        image = call(start)
+
+        def adjoint_equation(u: Tensor) -> Tensor:
+            (product,) = torch.autograd.grad(image, start, u, create_graph=True, materialize_grads=True)
+            return v + product
+
+        return implicit(adjoint_equation, adjoint_equation, u, bad, order - 1, solve_linear)
+
+    value = z
+    for _ in range(order):
+        value = attach(value, outer(value), bad, pull)
+    return value
 
 
 def _better(first: LinearSolution, second: LinearSolution, unsolved: Tensor) -> LinearSolution:

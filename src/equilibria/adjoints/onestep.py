@@ -7,7 +7,7 @@ from torch import Tensor
 from equilibria.adjoints.phantom import Phantom
 from equilibria.adjoints.protocol import Solve
 from equilibria.loop import Outcome
-from equilibria.problem import FixedPoint
+from equilibria.problem import Equation
 from equilibria.solution import AdjointReport
 from equilibria.status import Failures
 
@@ -25,6 +25,6 @@ class OneStep:
     """
 
     def attach(
-        self, problem: FixedPoint, solve: Solve, failures: Failures, report: AdjointReport
+        self, problem: Equation, solve: Solve, failures: Failures, report: AdjointReport
     ) -> tuple[Tensor, Outcome]:
         return Phantom(steps=1).attach(problem, solve, failures, report)

@@ -9,13 +9,13 @@ from equilibria.adjoints.attachment import attach, shield
 from equilibria.adjoints.protocol import Solve
 from equilibria.loop import Outcome
 from equilibria.options import check_fraction, check_integer
-from equilibria.problem import FixedPoint
+from equilibria.problem import Equation
 from equilibria.solution import AdjointReport
 from equilibria.status import Failures
 
 REFUSAL = (
-    "Phantom and OneStep approximate first derivatives and have no second ones: take them without create_graph=True, "
-    "or use eq.Unrolled(), which has all orders."
+    "Phantom, OneStep and Neumann approximate first derivatives and have no second ones: take them without "
+    "create_graph=True, or use eq.Implicit(order=2) or eq.Unrolled()."
 )
 
 
@@ -44,7 +44,7 @@ class Phantom:
         check_fraction("relaxation", self.relaxation)
 
     def attach(
-        self, problem: FixedPoint, solve: Solve, failures: Failures, report: AdjointReport
+        self, problem: Equation, solve: Solve, failures: Failures, report: AdjointReport
     ) -> tuple[Tensor, Outcome]:
         with torch.no_grad():
             outcome = solve(problem)
@@ -56,5 +56,11 @@ class Phantom:
                 step = image if self.relaxation == 1 else torch.lerp(step, image, self.relaxation)
             step = seal(step)
         report.evaluations += self.steps
-        value = attach(z, step, bad, lambda z, v: v, REFUSAL)
+        value = attach(z, step, bad, _pass)
         return value if bad is None else torch.where(bad[:, None], outcome.z, value), outcome
+
+
+def _pass(z: Tensor, v: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        raise RuntimeError(REFUSAL)
+    return v

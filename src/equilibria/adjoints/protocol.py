@@ -6,11 +6,11 @@ from typing import Protocol
 from torch import Tensor
 
 from equilibria.loop import Outcome
-from equilibria.problem import FixedPoint
+from equilibria.problem import Equation
 from equilibria.solution import AdjointReport
 from equilibria.status import Failures
 
-Solve = Callable[[FixedPoint], Outcome]
+Solve = Callable[[Equation], Outcome]
 
 
 class Adjoint(Protocol):
@@ -20,7 +20,7 @@ class Adjoint(Protocol):
     """
 
     def attach(
-        self, problem: FixedPoint, solve: Solve, failures: Failures, report: AdjointReport
+        self, problem: Equation, solve: Solve, failures: Failures, report: AdjointReport
     ) -> tuple[Tensor, Outcome]:
         """The value, (batch, n), equal to `outcome.z` bit for bit, with a gradient; and the outcome.
 

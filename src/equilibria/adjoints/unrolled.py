@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from equilibria.adjoints.attachment import shield
 from equilibria.adjoints.protocol import Solve
 from equilibria.loop import Outcome
-from equilibria.problem import FixedPoint
+from equilibria.problem import Equation
 from equilibria.solution import AdjointReport
 from equilibria.status import Failures
 
@@ -38,7 +38,7 @@ class Unrolled:
             raise TypeError(f"checkpoint must be True or False, not {self.checkpoint!r}.")
 
     def attach(
-        self, problem: FixedPoint, solve: Solve, failures: Failures, report: AdjointReport
+        self, problem: Equation, solve: Solve, failures: Failures, report: AdjointReport
     ) -> tuple[Tensor, Outcome]:
         f = problem.f
         if self.checkpoint:

@@ -1,18 +1,15 @@
 """Spectra of the Jacobian at a point."""
 
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from equilibria.linear import Basis
-from equilibria.norms import rms_norm
-from equilibria.options import check_callable, check_integer, check_tolerance
-from equilibria.problem import FixedPoint
-from equilibria.status import ConvergenceWarning
-from equilibria.tree import Layout
+from equilibria.diagnostics.arnoldi import Arnoldi, leading_eigenvalue
+from equilibria.diagnostics.jacobian import jacobian_at, warn_missed
+from equilibria.options import check_integer, check_positive
 
 
 def spectral_radius(
@@ -32,8 +29,8 @@ def spectral_radius(
         f: as for `eq.fixed_point`.
         z: the point, often the equilibrium; a state of any structure.
         args: handed to `f`.
-        rtol: residual asked of the leading Ritz pair, relative to it; the error of the radius is of that order where
-            the Jacobian is near normal, and larger by the condition of the eigenvalue elsewhere.
+        rtol: relative size of the perturbation of df/dz of which the answer is an exact eigenvalue; its relative error
+            is the same where df/dz is normal, and times the condition number of the eigenvalue elsewhere.
         max_steps: products allowed; memory grows with them. Exact where they reach the size of the state.
         batch_dims: as for `eq.fixed_point`.
 
@@ -45,47 +42,64 @@ def spectral_radius(
 
     Source: Arnoldi (1951); Saad (2011), Numerical methods for large eigenvalue problems, section 6.2.
     """
-    check_callable("f", f)
-    check_tolerance("rtol", rtol, optional=False)
+    check_positive("rtol", rtol)
     check_integer("max_steps", max_steps, 1)
-    check_integer("batch_dims", batch_dims, 0)
-    layout = Layout.of(z, batch_dims)
-    jacobian = FixedPoint(f, args, layout, rms_norm, None, None, has_aux=False).linearize(layout.pack(z))
+    layout, jacobian = jacobian_at(f, z, args, batch_dims)
+    radius, missed = leading_eigenvalue(jacobian, rtol, max_steps)
+    warn_missed("spectral_radius", missed, rtol, max_steps)
+    return radius.to(layout.dtype).reshape(layout.batch_shape)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Ritz values of a Jacobian, for each sample.
+
+    Attributes:
+        values: complex128, (*batch, steps), by falling absolute value; NaN past the end of those that a sample has.
+        residuals: float64, (*batch, steps), the distance |J^T v - value v| of each from an eigenpair, v a unit vector.
+    """
+
+    values: Tensor
+    residuals: Tensor
+
+
+def spectrum(f: Callable[..., Any], z: Any, *args: Any, max_steps: int = 50, batch_dims: int = 1) -> Spectrum:
+    """The outer eigenvalues of df/dz at `z`, for each sample, each with its distance from an eigenpair.
+
+    >>> A = torch.diag(torch.tensor([0.9, -0.5, 0.1]))
+    >>> eq.diagnostics.spectrum(lambda z: z @ A, torch.zeros(1, 3)).values.real
+    tensor([[ 0.9000, -0.5000,  0.1000]], dtype=torch.float64)
+
+    Ritz values of Arnoldi's method, as in `spectral_radius`: the outer ones converge first, and only those whose
+    residual is small are eigenvalues. All eigenvalues, each once whatever its multiplicity, where `max_steps` reaches
+    the size of the state.
+
+    Args:
+        f, z, args: as for `spectral_radius`.
+        max_steps: products to take; memory grows with them.
+        batch_dims: as for `eq.fixed_point`.
+
+    Returns:
+        `Spectrum`; all NaN for samples whose Jacobian is not finite.
+
+    Source: Saad (2011), Numerical methods for large eigenvalue problems, section 6.2.
+    """
+    check_integer("max_steps", max_steps, 1)
+    layout, jacobian = jacobian_at(f, z, args, batch_dims)
     batch, n = jacobian.image.shape
-    if n == 0 or batch == 0:
-        return jacobian.image.new_zeros(layout.batch_shape)
-    # A generator of its own: the global one stays untouched, and every sample starts alike in whatever batch.
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(n, generator=generator, dtype=torch.float64).to(jacobian.image)
-    basis = Basis((start / start.norm()).expand(batch, n).clone())
     limit = min(max_steps, n)
-    hessenberg = torch.zeros(batch, limit + 1, limit, dtype=torch.float64, device=start.device)
-    radius = torch.full((batch,), torch.nan, dtype=torch.float64, device=start.device)
-    missed = torch.ones(batch, dtype=torch.bool, device=start.device)
-    broken = torch.zeros_like(missed)
-    for k in range(limit):
-        image = jacobian.transposed_product(basis[k])
-        broken = broken | ~torch.isfinite(image).all(dim=1)
-        column, norm = basis.extend(torch.where(broken[:, None], 0, image))
-        hessenberg[:, : k + 1, k] = column.double()
-        hessenberg[:, k + 1, k] = norm.double()
-        if (k + 1) % 5 and k + 1 < limit:
-            continue
-        values, vectors = torch.linalg.eig(hessenberg[:, : k + 1, : k + 1])
-        largest = values.abs().argmax(dim=1, keepdim=True)
-        estimate = values.abs().gather(1, largest)[:, 0]
-        # The residual of the leading Ritz pair: how far it is from an eigenpair of the Jacobian itself.
-        last = vectors[:, -1].abs().gather(1, largest)[:, 0] * norm.double()
-        radius = torch.where(missed, estimate, radius)
-        missed = missed & (last > rtol * estimate) & (k + 1 < n)
-        if not bool((missed & ~broken).any()):
-            break
-    missed = missed & ~broken
-    if bool(missed.any()):
-        warnings.warn(
-            f"spectral_radius: {int(missed.sum())} of {batch} samples missed rtol={rtol} within {limit} products; "
-            "raise max_steps or loosen rtol.",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
-    return torch.where(broken, torch.nan, radius).to(layout.dtype).reshape(layout.batch_shape)
+    values = torch.full((batch, limit), torch.nan, dtype=torch.complex128, device=layout.device)
+    residuals = torch.full((batch, limit), torch.nan, dtype=torch.float64, device=layout.device)
+    if batch and n:
+        arnoldi = Arnoldi(jacobian, limit)
+        for _ in range(limit):
+            arnoldi.step()
+        # Each sample by the steps of its own: past the end of its basis the projection is zeros, not eigenvalues.
+        for size in arnoldi.sizes.unique().tolist():
+            mine = (arnoldi.sizes == size) & ~arnoldi.broken
+            found, distances = arnoldi.ritz(size)
+            order = found.abs().argsort(dim=1, descending=True)
+            values[mine, :size] = found.gather(1, order)[mine]
+            residuals[mine, :size] = distances.gather(1, order)[mine]
+    shape = (*layout.batch_shape, limit)
+    return Spectrum(values.reshape(shape), residuals.reshape(shape))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from equilibria.linear.krylov import Basis, Operator
 from equilibria.linear.protocol import LinearSolution
+from equilibria.norms import residual_size
 from equilibria.options import check_integer
 from equilibria.status import Status
 
@@ -65,10 +66,8 @@ class GMRES:
             if verify:
                 left = residual - operator(correction)
                 products, used = products + 1, used + 1
-            left_size = torch.linalg.vector_norm(left, dim=1)
-            # Where x has outgrown b by 1 / eps, as on a singular A, its residual is noise, whatever is computed.
-            noise = 0.25 * torch.finfo(b.dtype).eps * torch.linalg.vector_norm(x + correction, dim=1)
-            better = running & (left_size < size) & (noise < torch.maximum(left_size, rtol * scale))
+            left_size = residual_size(left, x + correction)
+            better = running & (left_size < size)
             steps = torch.where(running, steps + used, steps)
             pace = torch.where(better, left_size / size, 1)
             x = torch.where(better[:, None], x + correction, x)
@@ -76,7 +75,7 @@ class GMRES:
             size = torch.where(better, left_size, size)
             unmet = running & (size > rtol * scale)
             status = torch.where(unmet & (pace > 0.5) & (size <= level * scale), Status.STALLED, status)
-            status = torch.where(unmet & broken, Status.NONFINITE, status)
+            status = torch.where(unmet & (broken != Status.CONVERGED), broken, status)
             # At the pace of this cycle the tolerance is out of reach: leave the rest of the budget to a fallback.
             hopeless = hopeless | (unmet & (size * pace ** ((max_steps - steps) / length) > rtol * scale))
         error = torch.where(scale == 0, 0, size / torch.where(scale == 0, 1, scale))
@@ -92,7 +91,7 @@ class GMRES:
         length: int,
         agree: Callable[[bool], bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        """One Arnoldi cycle: the correction, what residual it leaves, vectors used, where NaN came up, and products."""
+        """One Arnoldi cycle: the correction, what residual it leaves, vectors used, how it broke down, and products."""
         batch = residual.shape[0]
         basis = Basis(torch.where((running & (size > 0))[:, None], residual / size[:, None], 0))
         # rotations @ hessenberg = triangle; the rotations are kept multiplied out, so that a new column costs one
@@ -101,7 +100,7 @@ class GMRES:
         hessenberg = residual.new_zeros(batch, length + 1, length)
         triangle = residual.new_zeros(batch, length, length)
         used = torch.zeros_like(running, dtype=torch.int64)
-        broken = torch.zeros_like(running)
+        broken = torch.full_like(used, Status.CONVERGED)
         for k in range(length):
             image = torch.where(running[:, None], operator(basis[k]), 0)
             column, norm = basis.extend(image)
@@ -116,8 +115,11 @@ class GMRES:
             rotations[:, k + 1] = cosine * lower - sine * upper
             triangle[:, : k + 1, k] = rotated
             triangle[:, k, k] = pivot
-            broken = broken | (running & ~torch.isfinite(pivot))
-            sound = torch.isfinite(pivot) & (pivot > 0)
+            # A pivot at the rounding of its column: the operator is singular on these vectors.
+            least = 10 * torch.finfo(pivot.dtype).eps * torch.hypot(torch.linalg.vector_norm(column, dim=1), norm)
+            broken = torch.where(running & ~torch.isfinite(pivot), Status.NONFINITE, broken)
+            broken = torch.where(running & (pivot <= least), Status.BREAKDOWN, broken)
+            sound = torch.isfinite(pivot) & (pivot > least)
             used = torch.where(running & sound, k + 1, used)
             running = running & sound & (size * rotations[:, k + 1, 0].abs() > target) & (norm > 0)
             if not agree(bool(running.any())):

@@ -4,9 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from equilibria.linear.krylov import Operator
+from equilibria.norms import residual_size
+from equilibria.status import Status
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,29 @@ class LinearSolver(Protocol):
             agree: makes ranks that share collectives stop together.
         """
         ...
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample, (batch,)."""
+    return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
+
+
+def finish(
+    operator: Operator, b: Tensor, x: Tensor, rtol: float, level: float, steps: Tensor, products: int, otherwise: Tensor
+) -> LinearSolution:
+    """Measure the residual of what is returned by one more product: a recurrence for it drifts, and hides a breakdown.
+
+    Args:
+        operator, b, rtol, level: as for `LinearSolver.solve`.
+        x: (batch, n), the solution found.
+        steps: products of each sample so far; `products` those of the batch.
+        otherwise: the status of each sample if it has not converged.
+    """
+    scale = torch.linalg.vector_norm(b, dim=1)
+    x = torch.where((scale == 0)[:, None], 0, x)
+    size = torch.where(scale == 0, 0, residual_size(b - operator(x), x))
+    error = size / torch.where(scale == 0, 1, scale)
+    status = torch.where((otherwise == Status.MAX_STEPS) & (error <= level), Status.STALLED, otherwise)
+    status = torch.where(torch.isfinite(error), status, Status.NONFINITE)
+    status = torch.where(size <= rtol * scale, Status.CONVERGED, status)
+    return LinearSolution(x, status, steps + 1, error, products + 1)

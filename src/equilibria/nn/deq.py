@@ -9,13 +9,16 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint, Implicit
-from equilibria.fixed_point import WarmStart, check_options, solve
 from equilibria.nn.monitor import record
 from equilibria.norms import Norm, rms_norm
 from equilibria.options import check_callable, check_integer
+from equilibria.problem import FixedPoint
 from equilibria.solution import Solution
+from equilibria.solve import WarmStart, check_options, solve, uncompiled
 from equilibria.solvers import Anderson, Solver
 from equilibria.status import Failures, Status
+from equilibria.transforms import transformed
+from equilibria.tree import Layout
 
 
 class DEQ(nn.Module):
@@ -33,6 +36,9 @@ class DEQ(nn.Module):
 
     The start is `cell.initial_state(*inputs)` where the cell has one, else zeros like the first input. Further
     positional and keyword arguments of a call are passed on to the cell.
+
+    Under `torch.func`, with `functional_call` or without, parameters, buffers and all arguments of a call take part;
+    with a cell that is no module, the arguments alone.
 
     Args:
         cell: from a state and inputs to a state of the same structure; a module, so that its parameters are registered.
@@ -101,30 +107,51 @@ class DEQ(nn.Module):
 
     def solve(self, *inputs: Any, z0: Any = None, state: WarmStart | None = None, **keywords: Any) -> Solution:
         """The whole `eq.Solution` for `inputs`; the arguments are those of a call."""
-        return self._solve(inputs, keywords, z0, state)  # pyright: ignore[reportCallIssue]
+        return self._solve(inputs, keywords, z0, state)
 
-    # The loop is data-dependent and holds no graph worth capturing; a compiled cell inside stays compiled.
-    @torch.compiler.disable
+    @uncompiled
     def _solve(self, inputs: tuple[Any, ...], keywords: dict[str, Any], z0: Any, state: WarmStart | None) -> Solution:
         self._refuse_random()
         max_steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
-        failures = Failures(self.on_failure, told=self._told)
-        solution = solve(
-            lambda z, *inputs: self.cell(z, *inputs, **keywords),
-            self._start(inputs) if z0 is None else z0,
-            inputs,
-            self.solver,
-            self.adjoint,
+        # Options of a layer are often changed after it was made.
+        check_options(
+            self.solver, self.adjoint, self.rtol, self.atol, max_steps, self.norm, self.batch_dims, self.on_failure
+        )
+        z0 = self._start(inputs) if z0 is None else z0
+        f, args = self._equation(inputs, keywords)
+        problem = FixedPoint(
+            f,
+            args,
+            Layout.of(z0, self.batch_dims),
+            self.norm,
             self.rtol,
             self.atol,
-            max_steps,
-            self.norm,
-            self.batch_dims,
-            failures,
-            state=state,
+            has_aux=False,
         )
+        failures = Failures(self.on_failure, told=self._told)
+        solution = solve(problem, z0, self.solver, self.adjoint, max_steps, failures, state)
         record(self, solution)
         return solution
+
+    def _equation(
+        self, inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        if not transformed():
+            return lambda z, *inputs: self.cell(z, *inputs, **keywords), inputs
+        if not isinstance(self.cell, nn.Module):
+            cell = self.cell
+            return lambda z, inputs, keywords: cell(z, *inputs, **keywords), (inputs, keywords)
+        # Transforms follow arguments alone, and `functional_call` leaves theirs in the cell. Each tensor is listed once
+        # for each module that holds it, since `functional_call` puts back what it ties itself in the wrong order.
+        module, tensors = self.cell, {}
+        for path, part in module.named_modules():
+            own = (*part.named_parameters(path, False, False), *part.named_buffers(path, False, False))
+            tensors.update(own)
+
+        def call(z: Any, tensors: dict[str, Tensor], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            return torch.func.functional_call(module, tensors, (z, *inputs), keywords, tie_weights=False)
+
+        return call, (tensors, inputs, keywords)
 
     def _start(self, inputs: tuple[Any, ...]) -> Any:
         initial_state = getattr(self.cell, "initial_state", None)

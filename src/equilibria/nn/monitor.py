@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from equilibria.solution import AdjointReport, Solution
+from equilibria.transforms import in_front, peel
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Report:
 
     Attributes:
         name: of the layer in the model, as `named_modules` gives it; "" for the model itself.
-        status, steps, residual, evaluations: of the forward solve, as in `eq.Solution`.
+        status, steps, residual, evaluations: of the forward solve, as in `eq.Solution`; under `torch.vmap` with the
+            mapped axes in front.
         adjoint: of the backward solve, filled in when backward runs, also after the `with` block has ended.
     """
 
@@ -61,7 +63,9 @@ def record(layer: nn.Module, solution: Solution) -> None:
     for model, reports in _open:
         for name, module in model.named_modules():
             if module is layer:
-                report = Report(
-                    name, solution.status, solution.steps, solution.residual, solution.evaluations, solution.adjoint
+                # Plain data: what transforms wrap cannot be looked at once they are over.
+                status, steps, residual = (
+                    peel(tensor, in_front) for tensor in (solution.status, solution.steps, solution.residual)
                 )
+                report = Report(name, status, steps, residual, solution.evaluations, solution.adjoint)
                 reports.append(report)

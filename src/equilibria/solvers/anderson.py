@@ -8,6 +8,7 @@ from torch import Tensor
 
 from equilibria.options import check_fraction, check_integer
 from equilibria.problem import Evaluation, Problem
+from equilibria.solvers.buffers import write
 from equilibria.solvers.picard import relaxed
 from equilibria.solvers.safeguard import Safeguard
 
@@ -67,8 +68,8 @@ class Anderson:
         depth = min(self.history, residual.shape[1])  # more differences than dimensions are always dependent
         rows = residual[:, None]
         if memory.residual is not None and memory.image is not None and depth:
-            residuals = _write(residuals, seen % depth, residual - memory.residual, depth)
-            images = _write(images, seen % depth, image - memory.image, depth)
+            residuals = write(residuals, seen % depth, residual - memory.residual, depth)
+            images = write(images, seen % depth, image - memory.image, depth)
             rows = torch.stack([residuals[:, seen % depth], residual], dim=1)
             seen += 1
         memory = Memory(residual, image, residuals, images, gram, seen, guard)
@@ -87,16 +88,6 @@ class Anderson:
             return accelerated, memory
         proposal = torch.where(plain[:, None], image, accelerated)
         return torch.where(restart[:, None], evaluation.best, proposal), memory
-
-
-def _write(buffer: Tensor | None, slot: int, column: Tensor, depth: int) -> Tensor:
-    # Unrolled differentiates these very steps, and autograd needs the old buffer: write into a copy then.
-    if buffer is None:
-        buffer = column.new_zeros(column.shape[0], depth, column.shape[1])
-    elif torch.is_grad_enabled():
-        buffer = buffer.clone()
-    buffer[:, slot] = column
-    return buffer
 
 
 def _write_row(gram: Tensor | None, slot: int, row: Tensor, depth: int) -> Tensor:

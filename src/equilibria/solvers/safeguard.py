@@ -7,16 +7,17 @@ from torch import Tensor
 
 from equilibria.problem import Evaluation
 
-# An accelerated phase ends where the residual has grown by this factor over the lowest of the phase.
+# A residual that has grown by this factor over the lowest of its phase leads nowhere: back to the best iterate.
 BLOW_UP = 1e3
 
 
 class Safeguard(NamedTuple):
     """Which samples iterate plainly now, and for how long; everything is per sample, of shape (batch,).
 
-    Acceleration runs until it has not lowered the residual for `patience` evaluations (or has blown it up); then plain
-    iteration has its turn, for a budget that doubles each time. Where plain iteration converges, or ends exactly after
-    L steps as on a nilpotent Jacobian, whose residual need not fall before the last step, some turn is long enough.
+    Acceleration runs until it has not lowered the residual for `patience` evaluations; then plain iteration has its
+    turn, for a budget that doubles each time. Where plain iteration converges, or ends exactly after L steps as on a
+    nilpotent Jacobian, whose residual need not fall before the last step, some turn is long enough. A residual that
+    blows up, under acceleration or by the end of a plain turn, sends the sample back to its best iterate.
     """
 
     lowest: Tensor
@@ -38,16 +39,18 @@ class Safeguard(NamedTuple):
         lower = size < 0.9 * self.lowest
         if self.idle and bool(lower.all()):
             return self._replace(lowest=size, since=torch.zeros_like(self.since)), None, None
+        plainly = self.plain > 0
         blown = ~(size <= BLOW_UP * self.lowest)
         since = torch.where(lower, 0, self.since + 1)
-        trip = (self.plain == 0) & ((since >= patience) | blown)
+        trip = ~plainly & (since >= patience)
+        ends = self.plain == 1
         plain = torch.where(trip, self.budget, (self.plain - 1).clamp(min=0))
-        begin = trip | ((self.plain == 1) & ~trip)  # a new phase is measured against its own start
+        begin = trip | ends  # a phase is measured against its own start
         guard = Safeguard(
-            torch.where(begin, size, torch.where(lower, size, self.lowest)),
+            torch.where(begin | lower, size, self.lowest),
             torch.where(begin, 0, since),
             plain,
             torch.where(trip, 2 * self.budget, self.budget),
         )
         stepping = plain > 0
-        return guard._replace(idle=not bool(stepping.any())), stepping, trip & blown
+        return guard._replace(idle=not bool(stepping.any())), stepping, blown & (~plainly | ends)
