@@ -136,7 +136,7 @@ PRESETS = {
     # Seconds, to see that everything works; what it learns is not worth reading.
     "tiny": RunConfig(
         "tiny",
-        model=TransformerConfig(width=32, heads=2, context=32, layers=3, max_steps=12, eval_max_steps=16),
+        model=TransformerConfig(width=32, heads=2, context=32, layers=3, max_steps=24, eval_max_steps=32),
         training=TrainingConfig(
             steps=12,
             batch_size=4,
