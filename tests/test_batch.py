@@ -156,6 +156,24 @@ def test_for_states_of_several_leaves(structure, batch_dims):
             torch.testing.assert_close(one, all_of_them[row], rtol=1e-10, atol=1e-12)
 
 
+def test_a_sample_whose_acceleration_is_suspended_beside_one_that_improves_at_every_step():
+    n = 48
+    shift = 3 * torch.diag(torch.ones(n - 2, dtype=DOUBLE), 2)  # a chain: plain iteration has to take its turn
+    steady = 0.85 * torch.linalg.qr(matrix(n, 0, 1.0)).Q
+    x = normal(3, n, seed=1)
+    maps = torch.stack([shift, steady, shift.flip(0, 1)])
+
+    def solve(rows):
+        f = lambda z: torch.einsum("bi,bij->bj", z, maps[rows]) + x[rows]  # noqa: E731
+        return eq.fixed_point(f, torch.zeros(len(rows), n, dtype=DOUBLE), max_steps=300, rtol=1e-10)
+
+    together = solve([0, 1, 2])
+    for i in range(3):
+        alone = solve([i])
+        assert alone.steps.item() == together.steps[i]
+        torch.testing.assert_close(alone.value[0], together.value[i], rtol=1e-10, atol=1e-10)
+
+
 def test_two_batch_dimensions_are_one_of_their_product():
     w, x = matrix(4, 0, 0.9), normal(2, 3, 4, seed=1)
     folded = eq.fixed_point(tanh_map(), torch.zeros(6, 4, dtype=DOUBLE), w, x.reshape(6, 4))

@@ -53,7 +53,8 @@ def test_plain_iteration_is_exact_in_one_evaluation_more_than_there_are_layers(l
 def test_anderson_solves_embedded_networks_or_says_that_it_did_not(length, scale, history, linear):
     for seed in range(3):
         f, zeros, truth = chain(length, 4, scale, seed=10 * seed, linear=linear)
-        sol = eq.fixed_point(f, zeros, solver=eq.Anderson(history=history), max_steps=400, on_failure="ignore")
+        cap = 100 if history == 6 else 400
+        sol = eq.fixed_point(f, zeros, solver=eq.Anderson(history=history), max_steps=cap, on_failure="ignore")
         assert torch.allclose(sol.residual, residual(f, sol.value), rtol=1e-10)
         done = sol.converged
         # One and the same bound as for anyone: the residual, times what the network amplifies.
@@ -61,6 +62,12 @@ def test_anderson_solves_embedded_networks_or_says_that_it_did_not(length, scale
         assert (error[done] < 1e-7 * max(1.0, scale) ** length * length).all()
         if history == 6:  # the default is safeguarded well enough to get there
             assert done.all(), (seed, sol.status, sol.residual)
+
+
+def test_plain_turns_of_anderson_grow_until_one_is_long_enough():
+    f, zeros, truth = chain(60, 4, 3.0, seed=0, linear=True)
+    sol = eq.fixed_point(f, zeros, max_steps=400)
+    torch.testing.assert_close(sol.value, truth, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -98,10 +105,23 @@ def test_dependent_columns_of_the_history_break_nothing(dtype):
         f = lambda z, u=u, rates=rates: ((z @ u) * rates) @ u.T + x  # noqa: E731
         sol = eq.fixed_point(f, torch.zeros(4, 30, dtype=dtype), solver=eq.Anderson(history=10))
         assert sol.evaluations <= 3 * rank + 5
-        assert sol.value.isfinite().all()
+        curved = lambda z, u=u, rates=rates: torch.tanh((z @ u) * rates) @ u.T + x  # noqa: E731
+        for history in (6, 20):
+            options = {"solver": eq.Anderson(history=history), "rtol": 10 * torch.finfo(dtype).eps}
+            assert eq.fixed_point(curved, torch.zeros(4, 30, dtype=dtype), **options).evaluations <= 25
     same_step = eq.fixed_point(lambda z: z + 1, torch.zeros(2, 3, dtype=dtype), max_steps=30, on_failure="ignore")
     assert same_step.value.isfinite().all()
     assert (same_step.status == eq.Status.MAX_STEPS).all()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 6])
+def test_anderson_solves_linear_maps_of_low_rank_to_the_last_digits_in_as_many_steps(rank):
+    # Its regulariser stays out of the way.
+    u = torch.linalg.qr(normal(30, rank, seed=rank)).Q
+    rates, x = torch.linspace(-0.95, 0.9, rank, dtype=DOUBLE), normal(4, 30, seed=3)
+    f = lambda z: ((z @ u) * rates) @ u.T + x  # noqa: E731
+    sol = eq.fixed_point(f, torch.zeros(4, 30, dtype=DOUBLE), rtol=1e-12)
+    assert sol.evaluations <= rank + 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
@@ -240,6 +260,7 @@ def test_gmres_of_stiff_systems_is_right_where_it_says_so(dtype):
         "outlier": torch.cat([torch.ones(n - 2, dtype=DOUBLE), torch.tensor([1e4, 1e-2], dtype=DOUBLE)]),
         "wide": torch.logspace(-1, 5, n, dtype=DOUBLE),
         "small": torch.logspace(-4, 0, n, dtype=DOUBLE),
+        "middling": torch.logspace(-2, 0, n, dtype=DOUBLE),
     }
     for seed, (name, spectrum) in enumerate(spectra.items()):
         q = torch.linalg.qr(matrix(n, seed, 1.0)).Q
