@@ -8,6 +8,7 @@ from maps import Counted, generator, join, matrix, normal, residual, split, tanh
 from torch import Tensor
 
 import equilibria as eq
+from equilibria.linear import Basis
 
 DOUBLE = torch.float64
 LAW = settings(derandomize=True, max_examples=60, deadline=None)
@@ -273,9 +274,25 @@ def test_gmres_of_stiff_systems_is_right_where_it_says_so(dtype):
         if found.status.item() == eq.Status.CONVERGED:
             assert true <= rtol + seen, name
         assert abs(found.residual.item() - true) <= 0.1 * true + seen, name
+        own = (b - torch.einsum("bij,bj->bi", a, found.x)).norm().item() / b.norm().item()
+        assert max(found.residual.item(), 0.1 * rtol) > 0.3 * own, name
         if seen < 0.3 * rtol:  # elsewhere no solver can know
             assert found.status.item() == eq.Status.CONVERGED, name
             assert found.steps <= n + 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_krylov_vectors_are_orthonormal_to_rounding_on_stiff_operators_too(dtype):
+    q = torch.linalg.qr(matrix(30, 0, 1.0)).Q
+    a = (q @ torch.diag(torch.logspace(-3, 3, 30, dtype=DOUBLE)) @ q.T).to(dtype)
+    first = normal(2, 30, seed=1, dtype=dtype)
+    basis = Basis(first / first.norm(dim=1, keepdim=True))
+    for k in range(12):
+        basis.extend(basis[k] @ a)
+    vectors = torch.stack([basis[k] for k in range(13)], dim=1)
+    eye = torch.eye(13, dtype=dtype).expand(2, 13, 13)
+    bound = 100 * torch.finfo(dtype).eps
+    torch.testing.assert_close(torch.bmm(vectors, vectors.mT), eye, rtol=0, atol=bound)
 
 
 def test_gmres_of_a_shift_does_not_pretend():
