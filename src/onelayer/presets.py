@@ -122,7 +122,7 @@ PRESETS = {
         "small",
         model=TransformerConfig(width=128, heads=4, context=64),
         training=TrainingConfig(
-            steps=800,
+            steps=600,
             batch_size=16,
             learning_rate=6e-3,
             warmup_steps=30,
