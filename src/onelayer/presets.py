@@ -129,7 +129,7 @@ PRESETS = {
             unrolled_steps=300,
             validate_every=50,
             validation_windows=128,
-            evaluation_windows=512,
+            evaluation_windows=256,
             save_every=50,
         ),
     ),
