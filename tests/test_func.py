@@ -175,7 +175,7 @@ CORE = ["grad", "jvp", "jacrev", "jacfwd", "forward over reverse", "vmap of all"
         {"batch_dims": 0},
         {"batch_dims": 2, "norm": eq.max_norm},
     ],
-    ids=str,
+    ids=lambda options: " ".join(getattr(value, "__name__", str(value)) for value in options.values()),
 )
 def test_every_solver_and_batch(name: str, options: dict[str, Any]):
     def solve(w: Tensor, x: Tensor, z0: Tensor = ZEROS) -> Tensor:
