@@ -472,15 +472,16 @@ def test_where_every_sample_is_nonfinite_every_gradient_is_zero(adjoint, batch_d
         assert all((g == 0).all() for g in gradients)
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("f", [lambda z, w, x: torch.tanh(w * z + x), log])
+@pytest.mark.parametrize("adjoint", [eq.Unrolled(), eq.Unrolled(checkpoint=True), eq.Implicit(rtol=1e-12, order=2)])
 @pytest.mark.parametrize("solver", [eq.Picard(), eq.Anderson()])
-def test_second_derivatives_beside_a_nonfinite_sample(solver, checkpoint):
+def test_second_derivatives_beside_a_nonfinite_sample(solver, adjoint, f):
     w = torch.tensor([0.4], dtype=DOUBLE, requires_grad=True)
     second = []
     for entries in ([1.0, torch.nan, 2.0], [1.0, 2.0]):
-        x = torch.tensor(entries, dtype=DOUBLE)[:, None]
-        options = {**TIGHT, "solver": solver, "adjoint": eq.Unrolled(checkpoint=checkpoint)}
-        z = eq.fixed_point(lambda z, x=x: torch.tanh(w * z + x), torch.zeros_like(x), **options).value
+        x = 2 + torch.tensor(entries, dtype=DOUBLE)[:, None]
+        options = {**TIGHT, "solver": solver, "adjoint": adjoint}
+        z = eq.fixed_point(lambda z, x=x: f(z, w, x), torch.ones_like(x), **options).value
         (first,) = torch.autograd.grad(z.sum(), w, create_graph=True)
         second.append(torch.autograd.grad(first, w))
     torch.testing.assert_close(second[0], second[1], rtol=1e-10, atol=0)

@@ -65,6 +65,18 @@ def shield(outcome: Outcome, agree: Agree = bool) -> tuple[Tensor, Tensor | None
     return z, bad, _sealing(bad)
 
 
+def sealed(call: Callable[[Tensor], Tensor], bad: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`call` evaluated in the context of `shield`, each time."""
+    if bad is None:
+        return call
+
+    def clean(z: Tensor) -> Tensor:
+        with _sealing(bad) as seal:
+            return seal(call(z))
+
+    return clean
+
+
 @contextmanager
 def _sealing(bad: Tensor) -> Iterator[Seal]:
     start = torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]

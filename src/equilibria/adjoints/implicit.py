@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from equilibria.adjoints.attachment import attach, autocast_state, shield
+from equilibria.adjoints.attachment import attach, autocast_state, sealed, shield
 from equilibria.adjoints.protocol import Solve
 from equilibria.linear import GMRES, Dense, LinearSolution, LinearSolver
 from equilibria.loop import Agree, Outcome, run
@@ -69,7 +69,7 @@ class Implicit:
     ) -> tuple[Tensor, Outcome]:
         with torch.no_grad():
             outcome = solve(problem)
-        z, bad, cleaning = shield(outcome, failures.agree)
+        z, bad, _ = shield(outcome, failures.agree)
         autocast = autocast_state(z.device)
 
         def apply(z: Tensor) -> Tensor:
@@ -80,8 +80,7 @@ class Implicit:
         def solve_linear(product: Product, v: Tensor) -> Tensor:
             return self.solve_linear(product, v, bad, problem, failures, report)
 
-        with cleaning as seal:
-            value = implicit(lambda z: seal(apply(z)), apply, z, bad, self.order, solve_linear)
+        value = implicit(apply, z, bad, self.order, solve_linear)
         return value if bad is None else torch.where(bad[:, None], outcome.z, value), outcome
 
     def solve_linear(
@@ -138,7 +137,6 @@ class Implicit:
 
 
 def implicit(
-    outer: Call,
     call: Call,
     z: Tensor,
     bad: Tensor | None,
@@ -152,7 +150,7 @@ def implicit(
     single step second derivatives would miss how the solution moves the Jacobian.
 
     Args:
-        outer: `call` as it is made now; `call` as it is made again in backward.
+        call: the map.
         z: detached, (batch, n).
         bad: samples to leave out, or None.
         order: highest derivative.
@@ -167,17 +165,17 @@ def implicit(
         with torch.no_grad():
             u = solve_linear(Linearization(call, z).transposed_product, v)
         start = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
-        image = call(start)
+        image = sealed(call, bad)(start)
 
         def adjoint_equation(u: Tensor) -> Tensor:
             (product,) = torch.autograd.grad(image, start, u, create_graph=True, materialize_grads=True)
             return v + product
 
-        return implicit(adjoint_equation, adjoint_equation, u, bad, order - 1, solve_linear)
+        return implicit(adjoint_equation, u, bad, order - 1, solve_linear)
 
     value = z
     for _ in range(order):
-        value = attach(value, outer(value), bad, pull)
+        value = attach(value, sealed(call, bad)(value), bad, pull)
     return value
 
 
