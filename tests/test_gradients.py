@@ -157,7 +157,7 @@ def test_gradcheck_of_the_start_of_an_unrolled_iteration(solver):
 # The value is the solver's, whatever the adjoint.
 
 
-@pytest.mark.parametrize("max_steps", [1, 2, 7, 60])
+@pytest.mark.parametrize("max_steps", [1, 7, 60])
 @pytest.mark.parametrize("adjoint", named(EVERY))
 @pytest.mark.parametrize("solver", [eq.Picard(), eq.Picard(relaxation=0.3), eq.Anderson(relaxation=0.3)])
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
@@ -405,9 +405,8 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("adjoint", named(EVERY))
-@pytest.mark.parametrize("solver", [eq.Picard(), eq.Anderson(relaxation=0.9)])
+@pytest.mark.parametrize(("solver", "captured"), [(eq.Picard(), True), (eq.Anderson(relaxation=0.9), False)])
 @pytest.mark.parametrize("bad", named(BAD))
 def test_a_nonfinite_sample_gives_zero_gradient_and_disturbs_no_other(bad, solver, adjoint, captured):
     f, value = bad
