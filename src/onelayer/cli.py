@@ -11,9 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-# Read when torch is loaded, so it stands above the imports. Threads that spin while they wait for each other take the
-# cores from whoever shares them: a training step on two busy cores took 1.7 s with spinning and 0.13 s without.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch is loaded, so it stands above the imports. By default threads spin for long while they wait for each
+# other, which makes a training step several times slower on cores that something else uses too; docs/log.md has figures.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from onelayer import corpora, runs
 from onelayer.errors import UsageError
