@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 # Read when torch is loaded, so it stands above the imports. By default threads spin for long while they wait for each
-# other, which makes a training step several times slower on cores that something else uses too; docs/log.md has figures.
+# other, which makes a training step several times slower on cores that something else uses too (docs/log.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
