@@ -10,8 +10,8 @@ from torch import Tensor
 from equilibria.loop import Agree, Outcome
 from equilibria.status import Status
 
+Call = Callable[[Tensor], Tensor]
 Pull = Callable[[Tensor, Tensor], Tensor]
-Seal = Callable[[Tensor], Tensor]
 
 
 class _Zero(torch.autograd.Function):
@@ -45,28 +45,34 @@ def attach(z: Tensor, image: Tensor, bad: Tensor | None, pull: Pull) -> Tensor:
     return z + _Zero.apply(delta, z, pull)
 
 
-def shield(outcome: Outcome, agree: Agree = bool) -> tuple[Tensor, Tensor | None, AbstractContextManager[Seal]]:
-    """Where to differentiate, which samples to leave out, and a context that keeps their NaN out of gradients.
+def shield(outcome: Outcome, agree: Agree = bool) -> tuple[Tensor, Tensor | None]:
+    """Where to differentiate, and which samples to leave out, or None.
 
     Zeroing a sample's gradient is not enough where `f` is not finite, since 0 * nan is nan in the sums over samples
-    that weights get. So such a sample takes the place of a good one; what `f` saves for backward inside the context is
-    freed of the NaN that its own inputs bring; and after `seal`, which the context gives and which takes what was
-    computed there, so are the gradients that pass from one operation to the next (0 / 0 where a derivative is
-    infinite). What is left is an operation that itself sums infinite derivatives over samples, as the w of w / x does
-    at x = 0: there the NaN stays to be seen.
+    that weights get. So such a sample takes the place of a good one, and `f` is evaluated through `sealed`.
     """
     bad = outcome.status == Status.NONFINITE
     z = outcome.z.detach()
     if not agree(bool(bad.any())):
-        return z, None, nullcontext(lambda image: image)
+        return z, None
     good = (~bad).nonzero().flatten()
     if len(good):
         z = torch.where(bad[:, None], z[good[0]], z)
-    return z, bad, _sealing(bad)
+    return z, bad
 
 
-def sealed(call: Callable[[Tensor], Tensor], bad: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """`call` evaluated in the context of `shield`, each time."""
+def restore(value: Tensor, outcome: Outcome, bad: Tensor | None) -> Tensor:
+    """`value` with the bad samples back at what the solve returned for them."""
+    return value if bad is None else torch.where(bad[:, None], outcome.z.detach(), value)
+
+
+def sealed(call: Call, bad: Tensor | None) -> Call:
+    """`call`, with the NaN of bad samples kept out of its gradients.
+
+    What it saves for backward is freed of the NaN that a bad sample's own inputs bring, and so are the gradients that
+    pass from one operation to the next (0 / 0 where a derivative is infinite). What is left is an operation that itself
+    sums infinite derivatives over samples, as the w of w / x does at x = 0: there the NaN stays to be seen.
+    """
     if bad is None:
         return call
 
@@ -78,7 +84,7 @@ def sealed(call: Callable[[Tensor], Tensor], bad: Tensor | None) -> Callable[[Te
 
 
 @contextmanager
-def _sealing(bad: Tensor) -> Iterator[Seal]:
+def _sealing(bad: Tensor) -> Iterator[Call]:
     start = torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
 
     def clean(grad: Tensor | None) -> Tensor | None:

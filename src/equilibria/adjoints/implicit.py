@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from equilibria.adjoints.attachment import attach, autocast_state, sealed, shield
+from equilibria.adjoints.attachment import Call, attach, autocast_state, restore, sealed, shield
 from equilibria.adjoints.protocol import Solve
 from equilibria.linear import GMRES, Dense, LinearSolution, LinearSolver
 from equilibria.loop import Agree, Outcome, run
@@ -21,7 +21,6 @@ REFUSAL = (
     "use eq.Implicit(order=2) for second derivatives, eq.Unrolled() for all."
 )
 
-Call = Callable[[Tensor], Tensor]
 Product = Callable[[Tensor], Tensor]
 
 
@@ -69,7 +68,7 @@ class Implicit:
     ) -> tuple[Tensor, Outcome]:
         with torch.no_grad():
             outcome = solve(problem)
-        z, bad, _ = shield(outcome, failures.agree)
+        z, bad = shield(outcome, failures.agree)
         autocast = autocast_state(z.device)
 
         def apply(z: Tensor) -> Tensor:
@@ -81,7 +80,7 @@ class Implicit:
             return self.solve_linear(product, v, bad, problem, failures, report)
 
         value = implicit(apply, z, bad, self.order, solve_linear)
-        return value if bad is None else torch.where(bad[:, None], outcome.z, value), outcome
+        return restore(value, outcome, bad), outcome
 
     def solve_linear(
         self,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from equilibria.adjoints.attachment import attach, autocast_state, shield
+from equilibria.adjoints.attachment import attach, autocast_state, restore, sealed, shield
 from equilibria.adjoints.phantom import REFUSAL
 from equilibria.adjoints.protocol import Solve
 from equilibria.loop import Outcome
@@ -43,9 +43,8 @@ class Neumann:
     ) -> tuple[Tensor, Outcome]:
         with torch.no_grad():
             outcome = solve(problem)
-        z, bad, cleaning = shield(outcome, failures.agree)
-        with cleaning as seal:
-            image = seal(problem.apply(z))
+        z, bad = shield(outcome, failures.agree)
+        image = sealed(problem.apply, bad)(z)
         report.evaluations += 1
         autocast = autocast_state(z.device)
 
@@ -64,4 +63,4 @@ class Neumann:
 
         outcome_steps = outcome.steps.reshape(problem.layout.batch_shape)
         value = attach(z, image, bad, pull)
-        return value if bad is None else torch.where(bad[:, None], outcome.z, value), outcome
+        return restore(value, outcome, bad), outcome

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from equilibria.adjoints.attachment import attach, shield
+from equilibria.adjoints.attachment import attach, restore, sealed, shield
 from equilibria.adjoints.protocol import Solve
 from equilibria.loop import Outcome
 from equilibria.options import check_fraction, check_integer
@@ -48,16 +48,17 @@ class Phantom:
     ) -> tuple[Tensor, Outcome]:
         with torch.no_grad():
             outcome = solve(problem)
-        z, bad, cleaning = shield(outcome)
-        step = z
-        with cleaning as seal:
+        z, bad = shield(outcome)
+
+        def take_steps(z: Tensor) -> Tensor:
             for _ in range(self.steps):
-                image = problem.apply(step)
-                step = image if self.relaxation == 1 else torch.lerp(step, image, self.relaxation)
-            step = seal(step)
+                image = problem.apply(z)
+                z = image if self.relaxation == 1 else torch.lerp(z, image, self.relaxation)
+            return z
+
         report.evaluations += self.steps
-        value = attach(z, step, bad, _pass)
-        return value if bad is None else torch.where(bad[:, None], outcome.z, value), outcome
+        value = attach(z, sealed(take_steps, bad)(z), bad, _pass)
+        return restore(value, outcome, bad), outcome
 
 
 def _pass(z: Tensor, v: Tensor) -> Tensor:

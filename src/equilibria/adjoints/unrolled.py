@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from equilibria.adjoints.attachment import shield
+from equilibria.adjoints.attachment import restore, sealed, shield
 from equilibria.adjoints.protocol import Solve
 from equilibria.loop import Outcome
 from equilibria.problem import Equation
@@ -45,20 +45,21 @@ class Unrolled:
             problem.f = _checkpointed(f)
         outcome = solve(problem)
         value = outcome.z
-        _, bad, cleaning = shield(outcome, failures.agree)
+        z, bad = shield(outcome, failures.agree)
         if bad is not None:
             # Rare: once more, with the samples that met NaN left out of every evaluation's backward; all in memory,
             # since what a checkpoint computes again in backward could not be cleaned.
             problem.f = f
-            with cleaning as seal:
+
+            def solve_again(_: Tensor) -> Tensor:
                 again = solve(problem)
-                value = seal(torch.where(bad[:, None], outcome.z.detach(), again.z))
-            report.evaluations += again.evaluations
+                report.evaluations += again.evaluations
+                return restore(again.z, outcome, bad)
+
+            value = sealed(solve_again, bad)(z)
         if failures.agree(not value.requires_grad):
             # Every sample is still at its start: its gradient is zero, as others' would be, and not an error.
-            z, _, cleaning = shield(outcome, failures.agree)
-            with cleaning as seal:
-                image = seal(problem.apply(z))
+            image = sealed(problem.apply, bad)(z)
             report.evaluations += 1
             value = value + torch.where(torch.zeros_like(image, dtype=torch.bool), image, -0.0)
         return value, outcome
