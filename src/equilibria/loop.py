@@ -9,14 +9,11 @@ from torch import Tensor
 
 from equilibria.problem import Problem
 from equilibria.solvers.protocol import Solver
-from equilibria.status import Status
+from equilibria.status import Agree, Status
 
 # STALLED: the error, at the rounding level, has not fallen by a tenth over this many evaluations.
 STALL_WINDOW = 10
 STALL_FACTOR = 0.9
-
-# From "some sample of mine ..." to "some sample on some rank ...": lets ranks that share collectives stop together.
-Agree = Callable[[bool], bool]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import enum
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,9 @@ class SolveError(RuntimeError):
 class ConvergenceWarning(UserWarning):
     """A solve failed for some samples and `on_failure` was "warn"."""
 
+
+# From "some sample of mine ..." to "some sample on some rank ...": lets ranks that share collectives stop together.
+Agree = Callable[[bool], bool]
 
 ON_FAILURE = ("raise", "warn", "ignore")
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equilibria.loop import Agree, Outcome
-from equilibria.status import Status
+from equilibria.loop import Outcome
+from equilibria.status import Agree, Status
 
 Call = Callable[[Tensor], Tensor]
 Pull = Callable[[Tensor, Tensor], Tensor]

@@ -9,12 +9,12 @@ from torch import Tensor
 from equilibria.adjoints.attachment import Call, attach, autocast_state, restore, sealed, shield
 from equilibria.adjoints.protocol import Solve
 from equilibria.linear import GMRES, Dense, LinearSolution, LinearSolver
-from equilibria.loop import Agree, Outcome, run
+from equilibria.loop import Outcome, run
 from equilibria.options import check_choice, check_integer, check_part, check_tolerance
 from equilibria.problem import RTOL, Affine, Equation, Linearization
 from equilibria.solution import AdjointReport
 from equilibria.solvers import Picard, Solver
-from equilibria.status import Failures, Status
+from equilibria.status import Agree, Failures, Status
 
 REFUSAL = (
     "This gradient was taken with create_graph=True beyond the order of its adjoint: "

@@ -1,6 +1,5 @@
 """BiCGSTAB."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from equilibria.linear.krylov import Operator
 from equilibria.linear.protocol import LinearSolution, dot, finish
-from equilibria.status import Status
+from equilibria.status import Agree, Status
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class BiCGSTAB:
     """
 
     def solve(
-        self, operator: Operator, b: Tensor, rtol: float, level: float, max_steps: int, agree: Callable[[bool], bool]
+        self, operator: Operator, b: Tensor, rtol: float, level: float, max_steps: int, agree: Agree
     ) -> LinearSolution:
         target = rtol * torch.linalg.vector_norm(b, dim=1)
         tiny = torch.finfo(b.dtype).eps ** 2

@@ -1,6 +1,5 @@
 """A direct solve, for small systems."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from equilibria.linear.krylov import Operator
 from equilibria.linear.protocol import LinearSolution
 from equilibria.norms import residual_size
 from equilibria.options import check_integer
-from equilibria.status import Status
+from equilibria.status import Agree, Status
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Dense:
         check_integer("max_size", self.max_size, 1)
 
     def solve(
-        self, operator: Operator, b: Tensor, rtol: float, level: float, max_steps: int, agree: Callable[[bool], bool]
+        self, operator: Operator, b: Tensor, rtol: float, level: float, max_steps: int, agree: Agree
     ) -> LinearSolution:
         batch, n = b.shape
         if n > self.max_size:

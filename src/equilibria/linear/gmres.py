@@ -1,6 +1,5 @@
 """GMRES."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from equilibria.linear.krylov import Basis, Operator
 from equilibria.linear.protocol import LinearSolution
 from equilibria.norms import residual_size
 from equilibria.options import check_integer
-from equilibria.status import Status
+from equilibria.status import Agree, Status
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class GMRES:
         check_integer("restart", self.restart, 1)
 
     def solve(
-        self, operator: Operator, b: Tensor, rtol: float, level: float, max_steps: int, agree: Callable[[bool], bool]
+        self, operator: Operator, b: Tensor, rtol: float, level: float, max_steps: int, agree: Agree
     ) -> LinearSolution:
         scale = torch.linalg.vector_norm(b, dim=1)
         x, residual = b, b - operator(b)
@@ -90,7 +89,7 @@ class GMRES:
         running: Tensor,
         target: Tensor,
         length: int,
-        agree: Callable[[bool], bool],
+        agree: Agree,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
         """One Arnoldi cycle.
 

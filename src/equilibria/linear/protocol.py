@@ -1,6 +1,5 @@
 """What a linear solver is."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from equilibria.linear.krylov import Operator
 from equilibria.norms import residual_size
-from equilibria.status import Status
+from equilibria.status import Agree, Status
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class LinearSolver(Protocol):
     """Solves A x = b per sample, given products with A alone."""
 
     def solve(
-        self, operator: Operator, b: Tensor, rtol: float, level: float, max_steps: int, agree: Callable[[bool], bool]
+        self, operator: Operator, b: Tensor, rtol: float, level: float, max_steps: int, agree: Agree
     ) -> LinearSolution:
         """Start from x = b and stop a sample where |A x - b| <= rtol |b|.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from equilibria.norms import Norm
 from equilibria.problem.evaluation import Evaluation, rounding_level
 from equilibria.problem.linearization import Linearization
+from equilibria.status import Agree
 from equilibria.tree import Layout, detached
 
 
@@ -88,7 +89,7 @@ class Equation:
             self.settle_tolerances(self.compute_dtype)
         return packed
 
-    def take_aux(self, z: Tensor, agree: Callable[[bool], bool]) -> Any:
+    def take_aux(self, z: Tensor, agree: Agree) -> Any:
         """The auxiliary output at `z` as data; evaluates `f` only where the last evaluation was elsewhere."""
         if not self.has_aux:
             return None
