@@ -16,6 +16,7 @@ from equilibria.solution import Solution
 from equilibria.solve import Callback, WarmStart, check_options, solve, uncompiled
 from equilibria.solvers import LBFGS, Newton, Solver
 from equilibria.status import Failures
+from equilibria.steady import steady
 from equilibria.tree import Layout
 
 
@@ -77,29 +78,35 @@ def argmin(
     check_options(solver, adjoint, None, atol, max_steps, norm, batch_dims, on_failure, state_dtype, callback)
     layout = Layout.of(z0, batch_dims, state_dtype)
     failures = Failures(on_failure, process_group)
-    gradient = Gradient(objective, layout, has_aux)
-    if equality is None:
-        problem = Root(gradient, args, layout, norm, None, atol, has_aux)
-        return solve(problem, z0, solver, adjoint, max_steps, failures, state, callback)
-    if has_aux:
+    if has_aux and equality is not None:
         raise ValueError("has_aux cannot go with equality, whose multipliers are the aux: close over what you need.")
-    A, b = _check_equality(equality, layout)
+    with steady(objective) as objective:
+        gradient = Gradient(objective, layout, has_aux)
+        if equality is None:
+            problem = Root(gradient, args, layout, norm, None, atol, has_aux)
+            return solve(problem, z0, solver, adjoint, max_steps, failures, state, callback)
+        A, b = _check_equality(equality, layout)
+        multiplier = torch.zeros(*layout.batch_shape, A.shape[1], dtype=layout.dtype, device=layout.device)
+        start = {"z": z0, "multiplier": multiplier}
+        # A and b are arguments, since transforms follow nothing else.
+        joint = Layout.of(start, batch_dims, state_dtype)
+        problem = Root(_stationarity(gradient), (A, b, *args), joint, norm, None, atol, has_aux=False)
+        solution = solve(problem, start, solver, adjoint, max_steps, failures, state, callback)
+        return dataclasses.replace(solution, value=solution.value["z"], aux=solution.value["multiplier"].detach())
 
-    # A and b are arguments, since transforms follow nothing else.
-    def stationarity(joint: Any, A: Tensor, b: Tensor, *args: Any) -> Any:
+
+def _stationarity(gradient: Gradient) -> Callable[..., Any]:
+    """The Karush-Kuhn-Tucker system, a function of the state with its multipliers, of A, b and further arguments."""
+    layout = gradient.layout
+
+    def system(joint: Any, A: Tensor, b: Tensor, *args: Any) -> Any:
         z, multiplier = layout.pack_start(joint["z"]), joint["multiplier"].reshape(layout.batch, -1)
         pull = layout.unpack(torch.einsum("bmn,bm->bn", A, multiplier))
         slope = layout.pack(gradient(joint["z"], *args))
         gap = torch.einsum("bmn,bn->bm", A, z) - b
         return {"z": layout.unpack(slope + layout.pack(pull)), "multiplier": gap.reshape(joint["multiplier"].shape)}
 
-    multiplier = torch.zeros(*layout.batch_shape, A.shape[1], dtype=layout.dtype, device=layout.device)
-    joint = {"z": z0, "multiplier": multiplier}
-    problem = Root(
-        stationarity, (A, b, *args), Layout.of(joint, batch_dims, state_dtype), norm, None, atol, has_aux=False
-    )
-    solution = solve(problem, joint, solver, adjoint, max_steps, failures, state, callback)
-    return dataclasses.replace(solution, value=solution.value["z"], aux=solution.value["multiplier"].detach())
+    return system
 
 
 def _check_equality(equality: tuple[Tensor, Tensor], layout: Layout) -> tuple[Tensor, Tensor]:

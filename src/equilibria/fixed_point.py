@@ -13,6 +13,7 @@ from equilibria.solution import Solution
 from equilibria.solve import Callback, WarmStart, check_options, solve, uncompiled
 from equilibria.solvers import Anderson, Solver
 from equilibria.status import Failures
+from equilibria.steady import steady
 from equilibria.tree import Layout
 
 
@@ -83,5 +84,6 @@ def fixed_point(
     """
     check_callable("f", f)
     check_options(solver, adjoint, rtol, atol, max_steps, norm, batch_dims, on_failure, state_dtype, callback)
-    problem = FixedPoint(f, args, Layout.of(z0, batch_dims, state_dtype), norm, rtol, atol, has_aux)
-    return solve(problem, z0, solver, adjoint, max_steps, Failures(on_failure, process_group), state, callback)
+    with steady(f) as f:
+        problem = FixedPoint(f, args, Layout.of(z0, batch_dims, state_dtype), norm, rtol, atol, has_aux)
+        return solve(problem, z0, solver, adjoint, max_steps, Failures(on_failure, process_group), state, callback)

@@ -60,3 +60,19 @@ def check_positive(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number above 0, not {value!r}.")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be finite and above 0, not {value}.")
+
+
+def check_probability(name: str, value: Any) -> None:
+    """Raise unless `value` lies in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), not {value!r}.")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), not {value}.")
+
+
+def check_dimensions(name: str, value: Any) -> tuple[int, ...]:
+    """The dimensions of a tensor that `value`, an integer or several, names; raises where it is neither."""
+    dims = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not all(isinstance(dim, int) and not isinstance(dim, bool) for dim in dims):
+        raise TypeError(f"{name} must be a dimension or a tuple of dimensions, not {value!r}.")
+    return dims

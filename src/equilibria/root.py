@@ -13,6 +13,7 @@ from equilibria.solution import Solution
 from equilibria.solve import Callback, WarmStart, check_options, solve, uncompiled
 from equilibria.solvers import Newton, Solver
 from equilibria.status import Failures
+from equilibria.steady import steady
 from equilibria.tree import Layout
 
 
@@ -67,5 +68,6 @@ def root(
     """
     check_callable("g", g)
     check_options(solver, adjoint, None, atol, max_steps, norm, batch_dims, on_failure, state_dtype, callback)
-    problem = Root(g, args, Layout.of(z0, batch_dims, state_dtype), norm, None, atol, has_aux)
-    return solve(problem, z0, solver, adjoint, max_steps, Failures(on_failure, process_group), state, callback)
+    with steady(g) as g:
+        problem = Root(g, args, Layout.of(z0, batch_dims, state_dtype), norm, None, atol, has_aux)
+        return solve(problem, z0, solver, adjoint, max_steps, Failures(on_failure, process_group), state, callback)

@@ -1,6 +1,7 @@
-"""Implicit layers ready to use."""
+"""Implicit layers ready to use, and what cells are made of."""
 
 from equilibria.nn.deq import DEQ
+from equilibria.nn.dropout import VariationalDropout
 from equilibria.nn.monitor import Report, monitor
 
-__all__ = ["DEQ", "Report", "monitor"]
+__all__ = ["DEQ", "Report", "VariationalDropout", "monitor"]

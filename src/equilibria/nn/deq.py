@@ -17,6 +17,7 @@ from equilibria.solution import Solution
 from equilibria.solve import WarmStart, check_options, solve, uncompiled
 from equilibria.solvers import Anderson, Solver
 from equilibria.status import Failures, Status
+from equilibria.steady import steady
 from equilibria.transforms import transformed
 from equilibria.tree import Layout
 
@@ -119,17 +120,10 @@ class DEQ(nn.Module):
         )
         z0 = self._start(inputs) if z0 is None else z0
         f, args = self._equation(inputs, keywords)
-        problem = FixedPoint(
-            f,
-            args,
-            Layout.of(z0, self.batch_dims),
-            self.norm,
-            self.rtol,
-            self.atol,
-            has_aux=False,
-        )
-        failures = Failures(self.on_failure, told=self._told)
-        solution = solve(problem, z0, self.solver, self.adjoint, max_steps, failures, state)
+        layout, failures = Layout.of(z0, self.batch_dims), Failures(self.on_failure, told=self._told)
+        with steady(f, self.cell) as f:
+            problem = FixedPoint(f, args, layout, self.norm, self.rtol, self.atol, has_aux=False)
+            solution = solve(problem, z0, self.solver, self.adjoint, max_steps, failures, state)
         record(self, solution)
         return solution
 
@@ -143,12 +137,15 @@ class DEQ(nn.Module):
             return lambda z, inputs, keywords: cell(z, *inputs, **keywords), (inputs, keywords)
         # Transforms follow arguments alone, and `functional_call` leaves theirs in the cell. Each tensor is listed once
         # for each module that holds it, since `functional_call` puts back what it ties itself in the wrong order.
-        module, tensors = self.cell, {}
+        module, tensors, moving = self.cell, {}, []
         for path, part in module.named_modules():
-            own = (*part.named_parameters(path, False, False), *part.named_buffers(path, False, False))
-            tensors.update(own)
+            buffers = dict(part.named_buffers(path, False, False))
+            tensors.update(part.named_parameters(path, False, False))
+            tensors.update(buffers)
+            moving += buffers if part.training else ()
 
         def call(z: Any, tensors: dict[str, Tensor], inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+            tensors = tensors | {name: tensors[name].clone() for name in moving}
             return torch.func.functional_call(module, tensors, (z, *inputs), keywords, tie_weights=False)
 
         return call, (tensors, inputs, keywords)
@@ -172,7 +169,7 @@ class DEQ(nn.Module):
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
                 raise ValueError(
                     f"{type(module).__name__} '{name}' draws a new mask at every evaluation of the cell, so that there "
-                    "is no equilibrium: move it out of the cell, or call eval() on it."
+                    "is no equilibrium: take eq.nn.VariationalDropout, move it out of the cell, or call eval() on it."
                 )
 
     def extra_repr(self) -> str:

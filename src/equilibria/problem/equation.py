@@ -9,6 +9,7 @@ from torch import Tensor
 from equilibria.norms import Norm
 from equilibria.problem.evaluation import Evaluation, rounding_level
 from equilibria.problem.linearization import Linearization
+from equilibria.problem.randomness import Watch, culprits, difference
 from equilibria.status import Agree
 from equilibria.tree import Layout, detached
 
@@ -105,14 +106,13 @@ class Equation:
         first = self.evaluations == 0
         self.evaluations += 1
         changed = _watch(z, first)
-        generators = _generators(z.device) if first else []
-        before = [generator.get_state() for generator in generators]
+        watch = Watch(z.device) if first else None
         output = self._call(z)
         if changed():
             raise ValueError(
                 f"{self.name} changed its state in place, and the solver still needs it: use z + ... for z += ..."
             )
-        if any(not torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True)):
+        if watch is not None and watch.moved():
             self._refuse_random(z, output)
         return self.measure(z, output)
 
@@ -162,25 +162,14 @@ class Equation:
 
     @torch.no_grad()
     def _refuse_random(self, z: Tensor, output: Tensor) -> None:
-        # Looked for at the output as well: the usual start is zeros, where dropout changes nothing.
-        elsewhere = self.round(torch.nan_to_num(output))
-        for first, second in ((output, self._call(z)), (self._call(elsewhere), self._call(elsewhere))):
-            difference = torch.nan_to_num(first - second).square().mean().sqrt()
-            if difference > 1e-3 * second.nan_to_num().square().mean().sqrt():
-                raise ValueError(
-                    f"{self.name} draws random numbers: two calls at one state differ by {difference.item():.1e}, so "
-                    f"it has no {self.lacks}; move dropout or noise out of it, or draw its mask once outside and pass "
-                    "it in."
-                )
+        apart = difference(self._call, z, output, self.round(torch.nan_to_num(output)))
+        if apart:
+            where = culprits(lambda: self._call(z), z.device)
+            raise ValueError(
+                f"{self.name} draws random numbers{where}: two calls at one state differ by {apart:.1e}, so it has "
+                f"no {self.lacks}; take eq.nn.VariationalDropout for dropout, or draw outside and pass it in."
+            )
         self.evaluations += 3
-
-
-def _generators(device: torch.device) -> list[torch.Generator]:
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
-    return generators
 
 
 def _watch(z: Tensor, first: bool) -> Callable[[], bool]:
