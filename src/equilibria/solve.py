@@ -133,4 +133,5 @@ def _resume(state: WarmStart, layout: Layout, solver: Solver) -> tuple[Tensor, A
 
 
 def _describe(layout: Layout) -> str:
-    return f"shapes {[tuple(shape) for shape in layout.shapes]}, {layout.dtype}, on {layout.device}"
+    shapes = [tuple(shape) for shape in layout.shapes]
+    return f"{layout.batch} samples in shapes {shapes}, {layout.dtype}, on {layout.device}"

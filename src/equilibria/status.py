@@ -23,6 +23,7 @@ class Status(enum.IntEnum):
     NONFINITE = 2
     STALLED = 3
     BREAKDOWN = 4
+    COUPLED = 5
 
     @property
     def meaning(self) -> str:
@@ -41,6 +42,7 @@ _MEANING = {
     Status.NONFINITE: "met NaN or infinity",
     Status.STALLED: "stopped improving at the rounding level of the dtype",
     Status.BREAKDOWN: "met a singular or indefinite linear system",
+    Status.COUPLED: "depended on other samples of the batch",
 }
 _REMEDY = {
     Status.CONVERGED: "nothing",
@@ -50,6 +52,7 @@ _REMEDY = {
     Status.NONFINITE: "look for NaN in the inputs, lower the solver's relaxation, or start nearer by z0",
     Status.STALLED: "loosen rtol or compute f in a wider dtype: rounding, not the solver, is what stops it",
     Status.BREAKDOWN: "take another linear solver (eq.GMRES(), eq.Dense()), or look whether the solution is isolated",
+    Status.COUPLED: "solve the batch as one problem, with batch_dims=0",
 }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import compress
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ class _Steady:
         self._draws = 0
         parts = [] if module is None else [part for part in module.modules() if part.training]
         owned = [(part, name, b) for part in parts for name, b in part._buffers.items() if b is not None]
-        self._start = _copied([(part, name, b.detach()) for part, name, b in owned])
+        self._start = _copied(owned)
         self._end: list[Place] = []
+        self._first = True
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         token = _current.set(self)
@@ -44,13 +46,15 @@ class _Steady:
         try:
             return self.f(*inputs, **keywords)
         finally:
-            after = _now(trial)
-            moved = [_changed(new, old) for (*_, new), (*_, old) in zip(after, trial, strict=True)]
+            self._end = [(part, name, new.detach()) for part, name, new in _now(trial)]
             _put(kept)
             _current.reset(token)
-            # What an evaluation has left alone, such as a mask, need not be copied for the next.
-            self._start = [entry for entry, change in zip(self._start, moved, strict=True) if change]
-            self._end = [(p, n, new.detach()) for (p, n, new), change in zip(after, moved, strict=True) if change]
+            if self._first:
+                # What stays as it is, such as a mask, need not be copied again. Versions do not tell: BatchNorm's
+                # statistics move without one.
+                moved = [not torch.equal(new, old) for (*_, new), (*_, old) in zip(self._end, self._start, strict=True)]
+                self._start, self._end = (list(compress(places, moved)) for places in (self._start, self._end))
+                self._first = False
 
     def settle(self) -> None:
         """Move the buffers once, to where the last evaluation left them, and the global generator where it was used."""
@@ -92,7 +96,7 @@ _current: ContextVar[_Steady | None] = ContextVar("the function whose evaluation
 
 def _copied(places: list[Place]) -> list[Place]:
     copies: dict[int, Tensor] = {}  # a buffer that two modules share stays one
-    return [(part, name, copies.setdefault(id(value), value.clone())) for part, name, value in places]
+    return [(part, name, copies.setdefault(id(value), value.detach().clone())) for part, name, value in places]
 
 
 def _now(places: list[Place]) -> list[Place]:
@@ -102,10 +106,6 @@ def _now(places: list[Place]) -> list[Place]:
 def _put(places: list[Place]) -> None:
     for part, name, value in places:
         part._buffers[name] = value
-
-
-def _changed(new: Tensor, old: Tensor) -> bool:
-    return new is not old or old.is_inference() or old._version > 0
 
 
 def _new_seed(generator: torch.Generator) -> int:

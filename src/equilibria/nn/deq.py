@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,10 @@ class DEQ(nn.Module):
 
     The start is `cell.initial_state(*inputs)` where the cell has one, else zeros like the first input. Further
     positional and keyword arguments of a call are passed on to the cell.
+
+    BatchNorm in training makes the samples of a batch depend on each other: there the batch is solved as one problem,
+    as with `batch_dims=0`, and all samples share its status, steps and residual. Its statistics, and other buffers that
+    a call of the cell moves in training, stay as they are at every evaluation and move once, when the call ends.
 
     Under `torch.func`, with `functional_call` or without, parameters, buffers and all arguments of a call take part;
     with a cell that is no module, the arguments alone.
@@ -120,12 +125,24 @@ class DEQ(nn.Module):
         )
         z0 = self._start(inputs) if z0 is None else z0
         f, args = self._equation(inputs, keywords)
-        layout, failures = Layout.of(z0, self.batch_dims), Failures(self.on_failure, told=self._told)
+        joint = self._couples()
+        layout = Layout.of(z0, 0 if joint else self.batch_dims)
+        failures = Failures(self.on_failure, told=self._told)
         with steady(f, self.cell) as f:
             problem = FixedPoint(f, args, layout, self.norm, self.rtol, self.atol, has_aux=False)
             solution = solve(problem, z0, self.solver, self.adjoint, max_steps, failures, state)
+        if joint:
+            shape = Layout.of(z0, self.batch_dims).batch_shape
+            told = {name: getattr(solution, name).expand(shape) for name in ("status", "steps", "residual")}
+            solution = replace(solution, **told)
         record(self, solution)
         return solution
+
+    def _couples(self) -> bool:
+        """Whether the cell normalises over the batch, so that its samples have one equilibrium together."""
+        parts = self.cell.modules() if isinstance(self.cell, nn.Module) else ()
+        kind = nn.modules.batchnorm._BatchNorm
+        return any(isinstance(part, kind) and (part.training or part.running_mean is None) for part in parts)
 
     def _equation(
         self, inputs: tuple[Any, ...], keywords: dict[str, Any]
