@@ -76,3 +76,9 @@ def check_dimensions(name: str, value: Any) -> tuple[int, ...]:
     if not all(isinstance(dim, int) and not isinstance(dim, bool) for dim in dims):
         raise TypeError(f"{name} must be a dimension or a tuple of dimensions, not {value!r}.")
     return dims
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}.")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from equilibria.loop import Outcome
 from equilibria.status import Agree, Status
@@ -70,8 +71,9 @@ def sealed(call: Call, bad: Tensor | None) -> Call:
     """`call`, with the NaN of bad samples kept out of its gradients.
 
     What it saves for backward is freed of the NaN that a bad sample's own inputs bring, and so are the gradients that
-    pass from one operation to the next (0 / 0 where a derivative is infinite). What is left is an operation that itself
-    sums infinite derivatives over samples, as the w of w / x does at x = 0: there the NaN stays to be seen.
+    pass from one operation to the next (0 / 0 where a derivative is infinite). Operands that samples share are expanded
+    before they meet those of single samples, so that no operation sums infinite derivatives over samples by itself.
+    What is left is a compiled function, whose operations nothing of this sees.
     """
     if bad is None:
         return call
@@ -109,8 +111,31 @@ def _sealing(bad: Tensor) -> Iterator[Call]:
             nodes += [following for following, _ in node.next_functions]
         return image
 
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _cleaned(tensor.detach(), bad), lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: _cleaned(tensor.detach(), bad), lambda tensor: tensor
+    )
+    with hooks, _Expanding():
         yield seal
+
+
+class _Expanding(TorchFunctionMode):
+    """Expands the operands of operations between entries, whose derivatives may be infinite, to one shape.
+
+    The w of w / x at x = 0 would sum 0 / 0 over samples; the sum of an expanded w comes after, when it is clean.
+    """
+
+    NAMES = frozenset(
+        f"{prefix}{name}{suffix}"
+        for name in ("div", "divide", "truediv", "true_divide", "pow", "float_power", "atan2", "arctan2", "hypot")
+        for prefix, suffix in (("", ""), ("__", "__"), ("__r", "__"))
+    ) | {"xlogy", "logaddexp", "logaddexp2", "addcdiv", "fmod", "remainder", "lerp", "xlog1py"}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = [arg for arg in args if isinstance(arg, Tensor)]
+        if len(operands) > 1 and getattr(func, "__name__", None) in self.NAMES:
+            expanded = iter(torch.broadcast_tensors(*operands))
+            args = tuple(next(expanded) if isinstance(arg, Tensor) else arg for arg in args)
+        return func(*args, **(kwargs or {}))
 
 
 def _cleaned(tensor: Tensor, bad: Tensor) -> Tensor:

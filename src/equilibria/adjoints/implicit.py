@@ -144,7 +144,7 @@ class Implicit:
             return LinearSolution(found.z, found.status, found.steps, found.error, found.evaluations)
 
         if self.solver is None:
-            found = GMRES().solve(operator, b, rtol, level, self.max_steps, agree)
+            found = GMRES(give_up=True).solve(operator, b, rtol, level, self.max_steps, agree)
             unsolved = (found.status == Status.MAX_STEPS) | (found.status == Status.BREAKDOWN)
             if agree(bool(unsolved.any())):
                 # Solved samples wait at the solution of 0 = 0, which takes no step.

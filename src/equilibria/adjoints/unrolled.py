@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from equilibria.adjoints.attachment import restore, sealed, shield
 from equilibria.adjoints.protocol import Solve
 from equilibria.loop import Outcome
+from equilibria.options import check_flag
 from equilibria.problem import Equation
 from equilibria.solution import AdjointReport
 from equilibria.status import Failures
@@ -25,7 +26,9 @@ class Unrolled:
     >>> torch.autograd.grad(z.sum(), a)[0]
     tensor([[0.7395]])
 
-    It is the gradient of the iterate that was reached, converged or not, also with respect to the start `z0`.
+    It is the gradient of the iterate that was reached, converged or not, also with respect to the start `z0`. Where f
+    expands an accelerated iteration can converge while its derivative does not: differentiate by `Implicit` there, or
+    relax.
 
     Args:
         checkpoint: keep only the states between evaluations, and evaluate `f` again in backward.
@@ -34,8 +37,7 @@ class Unrolled:
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.checkpoint, bool):
-            raise TypeError(f"checkpoint must be True or False, not {self.checkpoint!r}.")
+        check_flag("checkpoint", self.checkpoint)
 
     def attach(
         self, problem: Equation, solve: Solve, failures: Failures, report: AdjointReport

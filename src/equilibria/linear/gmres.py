@@ -8,7 +8,7 @@ from torch import Tensor
 from equilibria.linear.krylov import Basis, Operator
 from equilibria.linear.protocol import LinearSolution
 from equilibria.norms import residual_size
-from equilibria.options import check_integer
+from equilibria.options import check_flag, check_integer
 from equilibria.status import Agree, Status
 
 
@@ -27,14 +27,18 @@ class GMRES:
 
     Args:
         restart: vectors kept, at least 1; each costs one buffer of the state's size, made when it is needed.
+        give_up: stop a sample once the pace of its cycles says that its tolerance is out of reach; for where something
+            else takes over, as in `Implicit()`.
 
     Source: Saad and Schultz (1986), with Givens rotations accumulated, and two Gram-Schmidt passes.
     """
 
     restart: int = 20
+    give_up: bool = False
 
     def __post_init__(self) -> None:
         check_integer("restart", self.restart, 1)
+        check_flag("give_up", self.give_up)
 
     def solve(
         self, operator: Operator, b: Tensor, rtol: float, level: float, max_steps: int, agree: Agree
@@ -49,16 +53,18 @@ class GMRES:
         x = torch.where((scale == 0)[:, None], 0, x)
         size = torch.where(scale == 0, 0, size)
         hopeless = torch.zeros_like(scale, dtype=torch.bool)
+        length = min(self.restart, max_steps)
         while True:
             running = status == Status.MAX_STEPS
             status = torch.where(running & (size <= rtol * scale), Status.CONVERGED, status)
             status = torch.where(running & ~torch.isfinite(size), Status.NONFINITE, status)
-            running = (status == Status.MAX_STEPS) & ~hopeless
-            length = min(self.restart, max_steps - products - 1)
-            if length < 1 or not agree(bool(running.any())):
+            # What is left to each sample, whatever the others have used, but for a product at the result.
+            room = max_steps - 1 - steps
+            running = (status == Status.MAX_STEPS) & ~hopeless & (room > 0)
+            if not agree(bool(running.any())):
                 break
             correction, left, noise, used, broken, count = self._cycle(
-                operator, residual, size, running, rtol * scale, length, agree
+                operator, residual, size, running, rtol * scale, room, length, agree
             )
             products += count
             # Where products are noisy, or the recurrence rounds to the tolerance, only a product at the result tells.
@@ -76,8 +82,8 @@ class GMRES:
             unmet = running & (size > rtol * scale)
             status = torch.where(unmet & (pace > 0.5) & (size <= level * scale), Status.STALLED, status)
             status = torch.where(unmet & (broken != Status.CONVERGED), broken, status)
-            # At the pace of this cycle the tolerance is out of reach: leave the rest of the budget to a fallback.
-            hopeless = hopeless | (unmet & (size * pace ** ((max_steps - steps) / length) > rtol * scale))
+            if self.give_up:
+                hopeless = hopeless | (unmet & (size * pace ** ((max_steps - steps) / length) > rtol * scale))
         error = torch.where(scale == 0, 0, size / torch.where(scale == 0, 1, scale))
         return LinearSolution(x, status, steps, error, products)
 
@@ -88,6 +94,7 @@ class GMRES:
         size: Tensor,
         running: Tensor,
         target: Tensor,
+        room: Tensor,
         length: int,
         agree: Agree,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
@@ -125,7 +132,7 @@ class GMRES:
             broken = torch.where(running & (pivot <= least), Status.BREAKDOWN, broken)
             sound = torch.isfinite(pivot) & (pivot > least)
             used = torch.where(running & sound, k + 1, used)
-            running = running & sound & (size * rotations[:, k + 1, 0].abs() > target) & (norm > 0)
+            running = running & sound & (size * rotations[:, k + 1, 0].abs() > target) & (norm > 0) & (k + 1 < room)
             if not agree(bool(running.any())):
                 break
         correction, left, noise = self._correct(basis, hessenberg, triangle, rotations, size, used)
