@@ -19,12 +19,16 @@ def rms_norm(leaf: Tensor) -> Tensor:
         leaf: floating tensor of shape (batch, ...).
 
     Returns:
-        Tensor of shape (batch,); 0 for a sample without entries. Half precision is summed in float32.
+        Tensor of shape (batch,); 0 for a sample without entries. Half precision is summed in float32. Entries whose
+        squares underflow (below 1e-19 in float32) leave a lower bound, sqrt(entries) from the truth at most; never 0.
     """
     flat = leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:]))
     if flat.shape[1] == 0:
         return flat.new_zeros(flat.shape[0])
-    return torch.linalg.vector_norm(flat, dim=1, dtype=_accumulation(flat)) * flat.shape[1] ** -0.5
+    dtype = _accumulation(flat)
+    # Squares underflow to zero long before entries do; the largest entry bounds the norm from below.
+    least = torch.linalg.vector_norm(flat, ord=torch.inf, dim=1).to(dtype)
+    return torch.maximum(torch.linalg.vector_norm(flat, dim=1, dtype=dtype), least) * flat.shape[1] ** -0.5
 
 
 def max_norm(leaf: Tensor) -> Tensor:
