@@ -90,7 +90,7 @@ def run(
                 best_error = torch.where(improved, error, best_error)
             since = torch.where(fell, 0, since + 1)
             reference = torch.where(fell, error, reference)
-            converged = active & evaluation.satisfied & finite
+            converged = active & evaluation.satisfied
             stalled = (since >= STALL_WINDOW) & (best_error <= problem.floor)
             failed = active & ~converged & (stalled | ~finite)
             ended = converged | failed
