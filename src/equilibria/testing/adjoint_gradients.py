@@ -11,7 +11,7 @@ from equilibria.fixed_point import fixed_point
 from equilibria.solvers import Picard
 from equilibria.status import Status
 from equilibria.testing.cases import LATE_NAN, STRUCTURES, UNSOLVABLE, Case, make_case
-from equilibria.testing.found import agree, find, gradients, weights
+from equilibria.testing.found import agree, find, gradients, own_weights, weights
 from equilibria.testing.laws import distance, expect, same
 
 PICARD = Picard()  # of all solvers the one with nothing of its own to differentiate
@@ -75,7 +75,7 @@ def _dense(case: Case) -> tuple[Tensor, Tensor]:
     n = z.shape[-1]
     rows = [torch.autograd.grad(image[..., i].sum(), z, retain_graph=True)[0] for i in range(n)]
     transposed = torch.stack(rows, dim=-1)  # J^T of each sample
-    u = torch.linalg.solve(torch.eye(n, dtype=z.dtype) - transposed, weights(z)[..., None])[..., 0]
+    u = torch.linalg.solve(torch.eye(n, dtype=z.dtype) - transposed, own_weights(case)[..., None])[..., 0]
     grad_w, grad_x = torch.autograd.grad(image, (w, x), u.detach())
     return grad_w, grad_x
 
@@ -106,7 +106,7 @@ def reaches_captured_tensors(taken: Taken) -> None:
         rtol=TIGHT,
         max_steps=400,
     )
-    found = torch.autograd.grad(solution.value, (w, x), weights(x), allow_unused=True)
+    found = torch.autograd.grad(solution.value, (w, x), own_weights(case), allow_unused=True)
     for name, one, other in zip("wx", found, expected, strict=True):
         expect(
             one is not None and distance(one, other) <= 1e-8,

@@ -40,7 +40,6 @@ LAWS: tuple[Law[Taken], ...] = (
     company.serves_a_layer_that_is_used_twice,
     company.leaves_frozen_parameters_and_no_grad_alone,
     company.fires_hooks_of_parameters_once,
-    company.is_the_same_in_eval_mode,
     company.counts_every_call,
     company.reports_truly_or_nothing,
     company.tells_a_backward_solve_that_fails,

@@ -77,6 +77,12 @@ def has_the_gradient_of_unrolling(called: Called) -> None:
     layer.adjoint, layer.rtol, layer.atol = Implicit(), tolerance, tolerance / 100
     layer.max_steps, layer.eval_max_steps = max(300, layer.max_steps), None
     try:
+        dtypes = {leaf.dtype for leaf in pytree.tree_leaves(called.cell(called.start, *called.inputs))}
+        expect(
+            not double or dtypes == {torch.float64},
+            f"a copy in float64 returns {', '.join(map(str, dtypes))}: let the cell take dtypes from its state and "
+            "parameters.",
+        )
         solution = layer.solve(*called.inputs)
         found = _pull(called, solution.value, leaves)
     except (RuntimeError, TypeError) as error:
@@ -112,11 +118,11 @@ def _radius(called: Called, state: Any) -> float:
 
 
 def passes_gradients_to_every_parameter(called: Called) -> None:
+    other, other_leaves = _watched(called.copied())
     called, leaves = _watched(called.copied())
     with torch.no_grad():  # a cell that remembers what it computes does so first where nothing has a gradient
         called.layer.solve(*called.inputs)
     found = _pull(called, called.layer.solve(*called.inputs).value, leaves)
-    other, other_leaves = _watched(called.copied())
     plain = _pull(other, other.cell(other.state, *other.inputs), other_leaves)
     lost = [name for name, gradient in plain.items() if gradient is not None and found.get(name) is None]
     expect(

@@ -30,6 +30,11 @@ def weights(rows: Tensor) -> Tensor:
     return torch.linspace(-1, 2, rows.shape[-1], dtype=rows.dtype).expand(rows.shape)
 
 
+def own_weights(case: Case) -> Tensor:
+    """One that weighs samples unevenly too, each by what is its own wherever it stands."""
+    return weights(case.x) * (1 + case.slope)
+
+
 def gradients(
     case: Case, solver: Solver, adjoint: Adjoint | None = None, max_steps: int = 400, tolerance: float | None = None
 ) -> tuple[Solution, Tensor, Tensor]:
@@ -38,7 +43,7 @@ def gradients(
     w, x = w.detach().clone().requires_grad_(), x.detach().clone().requires_grad_()
     solution = case.solve(solver, adjoint, max_steps, tolerance, args=(w, x, slope, fault))
     rows = case.join(solution.value)
-    grad_w, grad_x = torch.autograd.grad(rows, (w, x), weights(rows), allow_unused=True)
+    grad_w, grad_x = torch.autograd.grad(rows, (w, x), own_weights(case), allow_unused=True)
     grad_w = torch.zeros_like(w) if grad_w is None else grad_w
     grad_x = torch.zeros_like(x) if grad_x is None else grad_x
     return solution, grad_w, grad_x

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from equilibria.adjoints import Implicit, Unrolled
 from equilibria.fixed_point import fixed_point
-from equilibria.loop import Iterate
 from equilibria.status import SolveError, Status
 from equilibria.testing.cases import UNSOLVABLE, make_case
 from equilibria.testing.found import agree, find, weights
@@ -83,22 +82,6 @@ def _beside(tried: Tried, fault: float, where: str, dtypes: tuple[torch.dtype, .
         company = find(case.spoil(2, fault), tried.solver, max_steps=200)
         alone = find(case.take(rest), tried.solver, max_steps=200)
         agree(company.take(rest), alone, where, case)
-
-
-def leaves_finished_samples_alone(tried: Tried) -> None:
-    case = make_case(tried.entry).spoil(2, UNSOLVABLE)
-    seen: list[Iterate] = []
-    solution = case.solve(tried.solver, max_steps=60, callback=seen.append)
-    by_calls = {iterate.evaluations: iterate for iterate in seen}
-    for row, steps in enumerate(solution.steps.tolist()):
-        if solution.status[row] != Status.CONVERGED:
-            continue
-        for iterate in seen[seen.index(by_calls[steps]) :]:
-            expect(
-                same(iterate.value[row], solution.value[row]),
-                f"sample {row} stopped after {steps} evaluations and had moved after {iterate.evaluations}, on {case}: "
-                "write into no tensor of the evaluation.",
-            )
 
 
 def leaves_inputs_and_settings_alone(tried: Tried) -> None:

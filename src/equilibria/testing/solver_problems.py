@@ -1,5 +1,6 @@
 """Laws of solvers: what they must solve, in which dtypes, and what they must not claim to have solved."""
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,8 +135,10 @@ def makes_nan_the_status_of_its_sample(tried: Tried) -> None:
 
 
 def gives_true_residuals_at_every_cap(tried: Tried) -> None:
-    for max_steps in (1, 2, 3, 7):
-        case = make_case(tried.entry, "tuple", (3,))
+    contracting = make_case(tried.entry, "tuple", (3,))
+    expanding = make_case(tried.entry, n=3, linear=True)
+    expanding = replace(expanding, w=4 * expanding.w)
+    for case, max_steps in itertools.product((contracting, expanding), (1, 2, 3, 7)):
         with torch.no_grad():
             quiet = case.solve(tried.solver, max_steps=max_steps)
         x = case.x.clone().requires_grad_()

@@ -41,7 +41,6 @@ LAWS: tuple[Law[Tried], ...] = (
     conduct.treats_a_sample_alike_alone_and_in_any_order,
     conduct.treats_a_sample_alike_beside_one_of_nan,
     conduct.treats_a_sample_alike_beside_one_that_never_converges,
-    conduct.leaves_finished_samples_alone,
     conduct.leaves_inputs_and_settings_alone,
     conduct.takes_the_same_steps_each_time,
     conduct.resumes_without_writing_into_the_memory_of_before,
