@@ -1,6 +1,6 @@
 """Implicit layers and Deep Equilibrium Models for PyTorch."""
 
-from equilibria import diagnostics, nn
+from equilibria import diagnostics, nn, testing
 from equilibria.adjoints import Adjoint, Implicit, Neumann, OneStep, Phantom, Unrolled
 from equilibria.argmin import argmin
 from equilibria.fixed_point import fixed_point
@@ -51,4 +51,5 @@ __all__ = [
     "nn",
     "rms_norm",
     "root",
+    "testing",
 ]
