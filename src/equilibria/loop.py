@@ -110,10 +110,13 @@ def run(
             callback(z, error, status, active)
         running = agree(all_active or bool(active.any()))
         if problem.evaluations >= max_steps or not running:
-            steps = torch.where(active, problem.evaluations, steps)
-            final_error = torch.where(active, best_error, final_error)
-            z = torch.where(active[:, None], best, settled)
-            return Outcome(z, status, steps, final_error, problem.evaluations, memory)
+            break
         proposal, memory = solver.step(problem, evaluation._replace(best=best, best_error=best_error), memory)
         z = problem.round(proposal if all_active else torch.where(active[:, None], proposal, settled))
         first = False
+        if problem.evaluations >= max_steps:
+            break  # the step itself took the last evaluation, as Newton's do
+    steps = torch.where(active, problem.evaluations, steps)
+    final_error = torch.where(active, best_error, final_error)
+    z = torch.where(active[:, None], best, settled)
+    return Outcome(z, status, steps, final_error, problem.evaluations, memory)
