@@ -246,80 +246,81 @@ class Case:
         flat = lambda t: norm(t.reshape(len(s), *t.shape[self.batch_dims :]))  # noqa: E731
         return [flat(t) for t in rows], [flat(t) for t in images]
 
-    def solve(self, s: Samples, *, grad: bool = True, backward: bool = True, start: Tensor | None = None) -> Found:
-        """Everything that is said about each of some samples."""
-        batch, shape = len(s), self.shape(len(s))
+    def value(self, s: Samples, shift: Tensor) -> Tensor:
+        """The rows of the solution, (*batch, n), on the graph of a shift of that shape."""
+        put = lambda t: t.reshape(*self.shape(len(s)), t.shape[-1])  # noqa: E731
+        return join(self._run(s, self.function(), self.weights(), put(s.x), put(s.slope), shift).value, self.batch_dims)
+
+    def _run(self, s: Samples, f: Callable[..., Any], w: Tensor, x: Tensor, slope: Tensor, shift: Tensor) -> Any:
+        z0 = split(torch.zeros_like(x), self.structure)
+        inputs = (x, slope, s.code.reshape(*self.shape(len(s)), 1), shift)
+        ways: dict[str, Any] = {"on_failure": "ignore", "max_steps": 40, **dict(self.options)}
+        ways.update(solver=self.solver, adjoint=self.adjoint, batch_dims=self.batch_dims)
+        if self.entry == "deq":
+            return _through_a_layer(f, w, inputs, z0, ways)
+        if self.entry == "equality":
+            return eq.argmin(f, z0, w, *inputs, equality=(self.constraint(), s.b), **ways)
+        return getattr(eq, self.entry)(f, z0, w, *inputs, **ways)
+
+    def attach(self, s: Samples, grad: bool = True) -> "Attached":
+        """The solution of some samples, and how to pull gradients back to (weights, x, slope, shift)."""
+        shape = self.shape(len(s))
         put = lambda t: t.reshape(*shape, t.shape[-1])  # noqa: E731
-        w = self.weights().requires_grad_()
-        x, slope, code = put(s.x).clone().requires_grad_(), put(s.slope).clone().requires_grad_(), put(s.code)
+        w = nn.Parameter(self.weights())
+        x, slope = put(s.x).clone().requires_grad_(), put(s.slope).clone().requires_grad_()
         shift = torch.zeros_like(x).requires_grad_()
-        z0 = split(torch.zeros_like(x) if start is None else put(start), self.structure)
         calls = Counted(self.function())
         held: list[Any] = []
-        options: dict[str, Any] = {"on_failure": "ignore", "max_steps": 40, **dict(self.options)}
 
-        def run(w: Tensor, x: Tensor, slope: Tensor, shift: Tensor) -> Any:
-            inputs = (x, slope, code, shift)
-            ways = {"solver": self.solver, "adjoint": self.adjoint, "batch_dims": self.batch_dims, **options}
-            if self.entry == "deq":
-                layer = eq.DEQ(Cell(calls, w.detach()), **ways)
-                if not self.transformed:
-                    layer.cell.w = w if isinstance(w, nn.Parameter) else nn.Parameter(w)
-                sol = self._layer(layer, w, inputs, z0)
-            elif self.entry == "equality":
-                equality = self.constraint(), s.b
-                sol = eq.argmin(calls, z0, w, *inputs, equality=equality, **ways)
-            else:
-                sol = getattr(eq, self.entry)(calls, z0, w, *inputs, **ways)
-            held.append(sol)
+        def run(*inputs: Tensor) -> Any:
+            held.append(sol := self._run(s, calls, *inputs))
             return join(sol.value, self.batch_dims), (sol.status, sol.steps, sol.residual)
 
-        if self.entry == "deq" and not self.transformed:
-            w = nn.Parameter(w.detach())
         inputs = (w, x, slope, shift)
-        gradients: tuple[Tensor, ...] = tuple(torch.zeros_like(t) for t in inputs)
         if self.transformed and grad:
-            value, pull, told = torch.func.vjp(run, *(t.detach() for t in inputs), has_aux=True)
-            forward_calls = calls.calls
-            if backward:
-                gradients = pull(put(s.v))
+            value, back, told = torch.func.vjp(run, *(t.detach() for t in inputs), has_aux=True)
         else:
             with torch.set_grad_enabled(grad):
                 value, told = run(*inputs)
-            forward_calls = calls.calls
-            if grad and backward:
-                gradients = torch.autograd.grad(value, inputs, put(s.v), retain_graph=False)
-        flat = lambda t: t.detach().reshape(batch, t.shape[-1])  # noqa: E731
-        report = held[-1].adjoint
+            back = lambda v: torch.autograd.grad(value, inputs, v, retain_graph=True)  # noqa: E731
+
+        def pull(v: Tensor) -> tuple[Tensor, ...]:
+            w, *rest = back(put(v))
+            return w.detach(), *(t.detach().reshape(len(s), t.shape[-1]) for t in rest)
+
+        return Attached(value.detach().reshape(s.x.shape), told, pull, held[-1], calls)
+
+    def solve(self, s: Samples, *, grad: bool = True) -> Found:
+        """Everything that is said about each of some samples."""
+        batch = len(s)
+        attached = self.attach(s, grad)
+        nothing = self.weights(), s.x, s.slope, s.x
+        w, *rest = attached.pull(s.v) if grad else tuple(torch.zeros_like(t) for t in nothing)
+        report = attached.solution.adjoint
         per_sample = (None if t is None else t.reshape(batch) for t in (report.status, report.steps, report.residual))
-        return Found(
-            flat(value),
-            *(t.detach().reshape(batch) for t in told),
-            *(flat(t) for t in gradients[1:]),
-            *per_sample,
-            gradients[0].detach(),
-            held[-1],
-            calls.calls if backward else forward_calls,
-        )
+        told = (t.detach().reshape(batch) for t in attached.told)
+        return Found(attached.value, *told, *rest, *per_sample, w, attached.solution, attached.calls.calls)
 
-    @staticmethod
-    def _layer(layer: eq.DEQ, w: Tensor, inputs: tuple[Tensor, ...], z0: Any) -> Any:
-        found: list[Any] = []
 
-        class Whole(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.layer = layer
+@dataclass(frozen=True)
+class Attached:
+    """A solution on its graph."""
 
-            def forward(self) -> Any:
-                found.append(self.layer.solve(*inputs, z0=z0))
+    value: Tensor
+    told: tuple[Tensor, ...]
+    pull: Callable[[Tensor], tuple[Tensor, ...]]
+    solution: Any
+    calls: Counted
 
-        whole = Whole()
-        if isinstance(w, nn.Parameter):
-            whole()
-        else:
-            torch.func.functional_call(whole, {"layer.cell.w": w}, ())
-        return found[0]
+
+def _through_a_layer(f: Callable[..., Any], w: Tensor, inputs: tuple[Tensor, ...], z0: Any, ways: Any) -> Any:
+    layer = eq.DEQ(Cell(f, w.detach()), **ways)
+    if isinstance(w, nn.Parameter):
+        layer.cell.w = w
+        return layer.solve(*inputs, z0=z0)
+    # Under a transform parameters come through `functional_call`, which calls `forward`.
+    layer.forward = lambda: layer.solve(*inputs, z0=z0)
+    return torch.func.functional_call(layer, {"cell.w": w}, ())
 
 
 def kinds(hard: bool) -> st.SearchStrategy[tuple[str, ...]]:

@@ -1,7 +1,13 @@
 """The law of gradients: exact where they claim to be, zero where a sample failed, and never wrong in silence."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
+from cases import Case, Samples, cases, image, objective
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from maps import (
     STRUCTURES,
     Cell,
@@ -74,6 +80,131 @@ def problem(structure: str, batch_dims: int, seed: int = 0) -> tuple[Tensor, Ten
     w = matrix(n, seed, 0.3).requires_grad_()
     x = normal(*batch, n, seed=seed + 1).requires_grad_()
     return torch.zeros(*batch, n, dtype=DOUBLE), w, x
+
+
+# Every entry, solver, adjoint, structure and dtype.
+
+
+def oracle(case: Case, samples: Samples, z: Tensor) -> tuple[Tensor, ...]:
+    """The gradients that the adjoint of a case promises at rows z, sample by sample, by dense algebra."""
+    w = case.weights().requires_grad_()
+    sums, each = torch.zeros_like(w), []
+    for i in range(len(samples)):
+        one = samples.take([i])
+        inputs = tuple(t.clone().requires_grad_() for t in (one.x, one.slope, torch.zeros_like(one.x)))
+
+        def go(row: Tensor, inputs: Any = inputs, one: Samples = one) -> Tensor:  # where plain iteration goes
+            at = (w, inputs[0], inputs[1], one.code, inputs[2])
+            if case.entry not in ("argmin", "equality"):
+                return image(row[None], *at)[0]
+            row = row if row.requires_grad else row.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(objective(row[None], *at).sum(), row, create_graph=True)
+            return row - slope
+
+        pulled = torch.autograd.functional.jacobian(go, z[i]).mT
+        eye, v, kind = torch.eye(case.n, dtype=z.dtype), samples.v[i], case.adjoint
+        if case.entry == "equality":
+            a, none = case.constraint(), torch.zeros(1, dtype=z.dtype)
+            system = torch.cat([torch.cat([eye - pulled, a.mT], 1), torch.cat([a, none[None]], 1)])
+            u = torch.linalg.solve(system, torch.cat([v, none]))[:-1]
+        elif isinstance(kind, (eq.Phantom, eq.OneStep, eq.Neumann)):
+            length = kind.relaxation if isinstance(kind, eq.Phantom) else 1.0
+            terms = getattr(kind, "steps", getattr(kind, "terms", 1))
+            step = (1 - length) * eye + length * pulled
+            u = length * sum((torch.linalg.matrix_power(step, k) @ v for k in range(terms)), torch.zeros_like(v))
+        else:
+            u = torch.linalg.solve(eye - pulled, v)
+        row = z[i].clone().requires_grad_()
+        more, *rest = torch.autograd.grad(go(row), (w, *inputs), u, materialize_grads=True)
+        sums = sums + more
+        each.append(torch.cat([t[0] for t in rest]))
+    return sums, *torch.stack(each).split([case.n, 1, case.n], dim=1)
+
+
+def tightened(case: Case) -> Case:
+    adjoint = case.adjoint
+    if isinstance(adjoint, eq.Implicit):
+        adjoint = dataclasses.replace(adjoint, rtol=1e-11 if case.tight else 1e-5, max_steps=150)
+    # The tightest that the dtype can be asked for without a stall.
+    limits = {"rtol": 1e-11 if case.tight else 1e-5, "atol": 0.0}
+    if case.entry not in ("fixed_point", "deq"):
+        limits = {"atol": 1e-10 if case.tight else 1e-5}
+    if isinstance(adjoint, eq.Unrolled):  # of no step the gradient is nothing
+        case = case.but(kinds=tuple("plain" if kind == "done" else kind for kind in case.kinds))
+    return case.but(adjoint=adjoint).given(max_steps=120, **limits)
+
+
+@settings(derandomize=True, max_examples=140, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases(hard=False), exponent=st.sampled_from([-8, -4, -1, 0, 1, 4, 8]))
+def test_the_gradient_is_that_of_dense_algebra_at_any_scale_of_the_loss_and_as_often_as_asked(case, exponent):
+    case, scale = tightened(case), 10.0**exponent
+    samples = case.samples()
+    attached = case.attach(samples)
+    got = attached.pull(samples.v * scale)
+    again = attached.pull(samples.v * scale)
+    report = attached.solution.adjoint
+    assert same(got, again)
+    if not attached.solution.converged.all() and not isinstance(case.adjoint, (eq.Implicit, eq.Neumann)):
+        return  # the gradient of steps that go elsewhere
+    if isinstance(case.adjoint, eq.Implicit) and not (report.residual <= (1e-9 if case.tight else 1e-3)).all():
+        return  # told, and held by the law of honesty
+    want = oracle(case, samples, attached.value)
+    # Steps are those of an iteration that is as near as its residual says: its derivative lags behind.
+    bound = (1e-5 if isinstance(case.adjoint, eq.Unrolled) else 1e-7) if case.tight else 3e-2
+    if case.entry == "equality" and not isinstance(case.adjoint, eq.Implicit):
+        want = ()  # a series that does not converge for a saddle
+    for one, other in zip(got, want, strict=bool(want)):
+        torch.testing.assert_close(one / scale, other, rtol=bound, atol=bound * (1 + other.abs().max().item()))
+
+    # A part of the batch has its gradient, and the rest has none.
+    part = torch.zeros_like(samples.v)
+    part[::2] = samples.v[::2] * scale
+    rest = samples.v * scale - part
+    first, second = attached.pull(part), attached.pull(rest)
+    for one, other in zip(first[1:], second[1:], strict=True):
+        assert not one[1::2].any()
+        assert not other[::2].any()
+    for one, other, both in zip(first, second, got, strict=True):
+        torch.testing.assert_close(
+            (one + other) / scale, both / scale, rtol=bound, atol=bound * (1 + both.abs().max().item() / scale)
+        )
+
+
+@settings(derandomize=True, max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases(hard=False, dtypes=(DOUBLE,)))
+def test_second_derivatives_are_right_or_refused_in_every_mode(case):
+    case = tightened(case.but(kinds=tuple("plain" if kind == "slow" else kind for kind in case.kinds[:2])))
+    samples = case.samples()
+    weights = samples.v.reshape(*case.shape(len(samples)), case.n)
+    direction = normal(*weights.shape, seed=case.seed + 9)
+
+    def first(shift: Tensor, create_graph: bool = False) -> Tensor:
+        loss = lambda shift: (weights * case.value(samples, shift).sin()).sum()  # noqa: E731
+        if case.transformed:
+            return torch.func.grad(loss)(shift)
+        shift = shift if shift.requires_grad else shift.detach().requires_grad_()
+        return torch.autograd.grad(loss(shift), shift, create_graph=create_graph)[0]
+
+    zeros = torch.zeros_like(weights)
+    if case.transformed:
+        _, got = torch.func.jvp(first, (zeros,), (direction,))
+    else:
+        shift = zeros.clone().requires_grad_()
+        if not (isinstance(case.adjoint, eq.Unrolled) or getattr(case.adjoint, "order", 0) == 2):
+            with pytest.raises(RuntimeError, match=r"create_graph"):
+                first(shift, create_graph=True)
+            return
+        (got,) = torch.autograd.grad(first(shift, create_graph=True), shift, direction)
+    plain = case.but(transformed=False)
+    attached = plain.attach(samples)
+    attached.pull(samples.v)
+    residual = attached.solution.adjoint.residual
+    if not attached.solution.converged.all() or (residual is not None and not (residual <= 1e-9).all()):
+        return  # told, and held by the law of honesty
+    step = 1e-4
+    case = plain.but(adjoint=eq.Implicit(rtol=1e-12))
+    want = (first(zeros + step * direction) - first(zeros - step * direction)) / (2 * step)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 # Against finite differences.
