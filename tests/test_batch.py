@@ -1,17 +1,18 @@
 """The law of the batch: what becomes of a sample depends on that sample, not on its company."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from cases import DOUBLE, NEWTONS, Case, cases
+from cases import Found as Everything
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from maps import Cell, expanding, generator, leaves, matrix, normal, same, split, tanh_map, width
 from torch import Tensor
 
 import equilibria as eq
 
-DOUBLE = torch.float64
 LAW = settings(derandomize=True, max_examples=60, deadline=None)
 SOLVERS = [eq.Picard(), eq.Picard(relaxation=0.4), eq.Anderson(), eq.Anderson(relaxation=0.4), eq.Anderson(history=12)]
 ADJOINTS = [
@@ -61,6 +62,77 @@ def agree(one: Found, other: Found, tight: bool) -> None:
     if one.adjoint_status is not None:
         assert torch.equal(one.adjoint_status, other.adjoint_status)
         assert (one.adjoint_steps - other.adjoint_steps).abs().max() <= (0 if tight else 1)
+
+
+# Every entry, solver, adjoint, structure and dtype, alone and in company.
+
+
+def differences(one: Everything, other: Everything, kinds: list[str], case: Case) -> list[Any]:
+    """What is said differently about the same samples, in words."""
+    bounds = {"rtol": 1e-9, "atol": 1e-10} if case.tight else {"rtol": 1e-3, "atol": 1e-3}
+    steps = 0 if case.tight else 1
+    found: list[Any] = []
+    for i, kind in enumerate(kinds):
+        if kind == "wanders":
+            continue  # chaotic: no law for its own answer, only for that of its company
+        for name in ("status", "adjoint_status"):
+            a, b = getattr(one, name), getattr(other, name)
+            if a is not None and a[i] != b[i]:
+                found.append((kind, name, a[i].item(), b[i].item()))
+        for name in ("steps", "adjoint_steps"):
+            a, b = getattr(one, name), getattr(other, name)
+            if a is not None and (a[i] - b[i]).abs() > steps:
+                found.append((kind, name, a[i].item(), b[i].item()))
+        for name in ("value", "x", "slope", "shift"):
+            a, b = getattr(one, name)[i], getattr(other, name)[i]
+            if not torch.allclose(a, b, equal_nan=True, **bounds):
+                found.append((kind, name, a.tolist(), b.tolist()))
+        a, b = one.residual[i], other.residual[i]
+        if case.tight and not torch.allclose(a, b, rtol=1e-4, atol=1e-10, equal_nan=True):
+            found.append((kind, "residual", a.item(), b.item()))
+    return found
+
+
+@settings(derandomize=True, max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases(batch_dims=(1, 1, 2)), order=st.randoms(use_true_random=False))
+def test_what_becomes_of_a_sample_is_the_same_alone_in_any_batch_order_and_company(case, order):
+    samples = case.samples()
+    together = case.solve(samples)
+    rows = list(range(len(samples)))
+    order.shuffle(rows)
+    for some in (rows, rows[:1], rows[: order.randint(1, 4)]):
+        apart = case.solve(samples.take(some))
+        assert not differences(apart, together.take(some), [case.kinds[i] for i in some], case)
+
+
+@settings(derandomize=True, max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases(batch_dims=(1,), dtypes=(DOUBLE,)))
+def test_and_in_a_batch_of_many(case):
+    few = len(case.kinds)
+    case = case.but(kinds=case.kinds + ("plain", "slow", "done", "nan", "diverges") * 12)
+    samples = case.samples()
+    together = case.solve(samples)
+    for some in (list(range(few)), [0], [few]):
+        apart = case.solve(samples.take(some))
+        assert not differences(apart, together.take(some), [case.kinds[i] for i in some], case)
+    # The gradient of what all share is the sum of what each adds.
+    halves = [case.solve(samples.take(slice(*ends))).w for ends in ((0, 31), (31, len(samples)))]
+    if "wanders" not in case.kinds:
+        torch.testing.assert_close(together.w, halves[0] + halves[1], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("solver", NEWTONS, ids=repr)
+def test_the_line_search_of_one_sample_costs_no_other_a_step(solver):
+    # From afar the arc tangent has to be approached by halved steps, from near by none.
+    z0 = torch.tensor([[2.0], [3.0], [0.3], [20.0]], dtype=DOUBLE)
+    for max_steps in (100, 12, 9):
+        options = {"solver": solver, "on_failure": "ignore", "max_steps": max_steps}
+        together = eq.root(torch.atan, z0, **options)
+        assert together.evaluations <= max_steps
+        for i in range(4):
+            alone = eq.root(torch.atan, z0[i : i + 1], **options)
+            assert (alone.steps, alone.status) == (together.steps[i], together.status[i])
+            torch.testing.assert_close(alone.value[0], together.value[i], rtol=1e-12, atol=1e-12)
 
 
 def contracting(seed: int, n: int, dtype: torch.dtype):

@@ -1,7 +1,13 @@
 """The law of gradients: exact where they claim to be, zero where a sample failed, and never wrong in silence."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
+from cases import Case, Samples, cases, image, objective
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from maps import (
     STRUCTURES,
     Cell,
@@ -74,6 +80,131 @@ def problem(structure: str, batch_dims: int, seed: int = 0) -> tuple[Tensor, Ten
     w = matrix(n, seed, 0.3).requires_grad_()
     x = normal(*batch, n, seed=seed + 1).requires_grad_()
     return torch.zeros(*batch, n, dtype=DOUBLE), w, x
+
+
+# Every entry, solver, adjoint, structure and dtype.
+
+
+def oracle(case: Case, samples: Samples, z: Tensor) -> tuple[Tensor, ...]:
+    """The gradients that the adjoint of a case promises at rows z, sample by sample, by dense algebra."""
+    w = case.weights().requires_grad_()
+    sums, each = torch.zeros_like(w), []
+    for i in range(len(samples)):
+        one = samples.take([i])
+        inputs = tuple(t.clone().requires_grad_() for t in (one.x, one.slope, torch.zeros_like(one.x)))
+
+        def go(row: Tensor, inputs: Any = inputs, one: Samples = one) -> Tensor:  # where plain iteration goes
+            at = (w, inputs[0], inputs[1], one.code, inputs[2])
+            if case.entry not in ("argmin", "equality"):
+                return image(row[None], *at)[0]
+            row = row if row.requires_grad else row.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(objective(row[None], *at).sum(), row, create_graph=True)
+            return row - slope
+
+        pulled = torch.autograd.functional.jacobian(go, z[i]).mT
+        eye, v, kind = torch.eye(case.n, dtype=z.dtype), samples.v[i], case.adjoint
+        if case.entry == "equality":
+            a, none = case.constraint(), torch.zeros(1, dtype=z.dtype)
+            system = torch.cat([torch.cat([eye - pulled, a.mT], 1), torch.cat([a, none[None]], 1)])
+            u = torch.linalg.solve(system, torch.cat([v, none]))[:-1]
+        elif isinstance(kind, (eq.Phantom, eq.OneStep, eq.Neumann)):
+            length = kind.relaxation if isinstance(kind, eq.Phantom) else 1.0
+            terms = getattr(kind, "steps", getattr(kind, "terms", 1))
+            step = (1 - length) * eye + length * pulled
+            u = length * sum((torch.linalg.matrix_power(step, k) @ v for k in range(terms)), torch.zeros_like(v))
+        else:
+            u = torch.linalg.solve(eye - pulled, v)
+        row = z[i].clone().requires_grad_()
+        more, *rest = torch.autograd.grad(go(row), (w, *inputs), u, materialize_grads=True)
+        sums = sums + more
+        each.append(torch.cat([t[0] for t in rest]))
+    return sums, *torch.stack(each).split([case.n, 1, case.n], dim=1)
+
+
+def tightened(case: Case) -> Case:
+    adjoint = case.adjoint
+    if isinstance(adjoint, eq.Implicit):
+        adjoint = dataclasses.replace(adjoint, rtol=1e-11 if case.tight else 1e-5, max_steps=150)
+    # The tightest that the dtype can be asked for without a stall.
+    limits = {"rtol": 1e-11 if case.tight else 1e-5, "atol": 0.0}
+    if case.entry not in ("fixed_point", "deq"):
+        limits = {"atol": 1e-10 if case.tight else 1e-5}
+    if isinstance(adjoint, eq.Unrolled):  # of no step the gradient is nothing
+        case = case.but(kinds=tuple("plain" if kind == "done" else kind for kind in case.kinds))
+    return case.but(adjoint=adjoint).given(max_steps=120, **limits)
+
+
+@settings(derandomize=True, max_examples=140, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases(hard=False), exponent=st.sampled_from([-8, -4, -1, 0, 1, 4, 8]))
+def test_the_gradient_is_that_of_dense_algebra_at_any_scale_of_the_loss_and_as_often_as_asked(case, exponent):
+    case, scale = tightened(case), 10.0**exponent
+    samples = case.samples()
+    attached = case.attach(samples)
+    got = attached.pull(samples.v * scale)
+    again = attached.pull(samples.v * scale)
+    report = attached.solution.adjoint
+    assert same(got, again)
+    if not attached.solution.converged.all() and not isinstance(case.adjoint, (eq.Implicit, eq.Neumann)):
+        return  # the gradient of steps that go elsewhere
+    if isinstance(case.adjoint, eq.Implicit) and not (report.residual <= (1e-9 if case.tight else 1e-3)).all():
+        return  # told, and held by the law of honesty
+    want = oracle(case, samples, attached.value)
+    # The derivative of an iteration lags behind the iteration, most of all where it learns as it goes.
+    bound = (1e-3 if isinstance(case.adjoint, eq.Unrolled) else 1e-7) if case.tight else 3e-2
+    if case.entry == "equality" and not isinstance(case.adjoint, eq.Implicit):
+        want = ()  # a series that does not converge for a saddle
+    for one, other in zip(got, want, strict=bool(want)):
+        torch.testing.assert_close(one / scale, other, rtol=bound, atol=bound * (1 + other.abs().max().item()))
+
+    # A part of the batch has its gradient, and the rest has none.
+    part = torch.zeros_like(samples.v)
+    part[::2] = samples.v[::2] * scale
+    rest = samples.v * scale - part
+    first, second = attached.pull(part), attached.pull(rest)
+    for one, other in zip(first[1:], second[1:], strict=True):
+        assert not one[1::2].any()
+        assert not other[::2].any()
+    for one, other, both in zip(first, second, got, strict=True):
+        torch.testing.assert_close(
+            (one + other) / scale, both / scale, rtol=bound, atol=bound * (1 + both.abs().max().item() / scale)
+        )
+
+
+@settings(derandomize=True, max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases(hard=False, dtypes=(DOUBLE,)))
+def test_second_derivatives_are_right_or_refused_in_every_mode(case):
+    case = tightened(case.but(kinds=tuple("plain" if kind == "slow" else kind for kind in case.kinds[:2])))
+    samples = case.samples()
+    weights = samples.v.reshape(*case.shape(len(samples)), case.n)
+    direction = normal(*weights.shape, seed=case.seed + 9)
+
+    def first(shift: Tensor, create_graph: bool = False) -> Tensor:
+        loss = lambda shift: (weights * case.value(samples, shift).sin()).sum()  # noqa: E731
+        if case.transformed:
+            return torch.func.grad(loss)(shift)
+        shift = shift if shift.requires_grad else shift.detach().requires_grad_()
+        return torch.autograd.grad(loss(shift), shift, create_graph=create_graph)[0]
+
+    zeros = torch.zeros_like(weights)
+    if case.transformed:
+        _, got = torch.func.jvp(first, (zeros,), (direction,))
+    else:
+        shift = zeros.clone().requires_grad_()
+        if not (isinstance(case.adjoint, eq.Unrolled) or getattr(case.adjoint, "order", 0) == 2):
+            with pytest.raises(RuntimeError, match=r"create_graph"):
+                first(shift, create_graph=True)
+            return
+        (got,) = torch.autograd.grad(first(shift, create_graph=True), shift, direction)
+    plain = case.but(transformed=False)
+    attached = plain.attach(samples)
+    attached.pull(samples.v)
+    residual = attached.solution.adjoint.residual
+    if not attached.solution.converged.all() or (residual is not None and not (residual <= 1e-9).all()):
+        return  # told, and held by the law of honesty
+    step = 1e-4
+    case = plain.but(adjoint=eq.Implicit(rtol=1e-12))
+    want = (first(zeros + step * direction) - first(zeros - step * direction)) / (2 * step)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 # Against finite differences.
@@ -637,3 +768,142 @@ def test_a_state_of_which_only_a_part_is_used_has_its_gradient():
     mask[-2:] = 1
     (want,) = torch.autograd.grad((join(sol.value, 1) * mask).sum(), w)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
+# What users do with a layer and with what it returns.
+
+
+@pytest.mark.parametrize("adjoint", named(EVERY))
+def test_hooks_on_the_output_and_its_second_use_see_one_gradient(adjoint):
+    layer = eq.DEQ(Cell(4), adjoint=adjoint, rtol=1e-12, max_steps=100)
+    x = normal(3, 4, seed=0).requires_grad_()
+    z = layer(x)
+    seen: list[Tensor] = []
+    z.register_hook(seen.append)
+    z.retain_grad()
+    (z.sin().sum() + (z * z).sum()).backward()
+    assert len(seen) == 1
+    assert z.grad is not None
+    torch.testing.assert_close(z.grad, z.detach().cos() + 2 * z.detach(), rtol=1e-14, atol=0)
+    assert same(seen[0], z.grad)
+    once = layer(x)
+    (want,) = torch.autograd.grad(once.sin().sum() + (once * once).sum(), x)
+    assert same(x.grad, want)
+
+
+@pytest.mark.parametrize("adjoint", named(EVERY))
+def test_a_value_that_is_changed_in_place_keeps_its_gradient(adjoint):
+    zeros, w, x = problem("tensor", 1)
+
+    def solve():
+        return eq.fixed_point(tanh_map(), zeros, w, x, solver=eq.Picard(), adjoint=adjoint, **TIGHT).value
+
+    want = torch.autograd.grad(solve().sum(), (w, x))
+    z = solve()
+    z.mul_(3)
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), (w, x)), tuple(3 * g for g in want), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("adjoint", named(EVERY))
+def test_arguments_that_are_no_floating_tensors_pass_through(adjoint):
+    zeros, w, x = problem("tensor", 1)
+    order, mask = torch.tensor([2, 0, 1, 3]), torch.tensor([True, False, True, True])
+
+    def f(z, w, x, order, mask, nothing, power, word):
+        assert nothing is None
+        assert (power, word) == (2, "kept")
+        assert order.dtype == torch.int64
+        return torch.tanh(torch.where(mask, z[:, order] @ w, 0) ** power + x)
+
+    arguments = (order, mask, None, 2, "kept")
+    z = eq.fixed_point(f, zeros, w, x, *arguments, adjoint=adjoint, **TIGHT).value
+    got = torch.autograd.grad(z.sum(), (w, x))
+    z = eq.fixed_point(lambda z: f(z, w, x, *arguments), zeros, adjoint=adjoint, **TIGHT).value
+    assert same(got, torch.autograd.grad(z.sum(), (w, x)))
+    if isinstance(adjoint, eq.Implicit):
+        pulled = torch.func.grad(
+            lambda w, x: eq.fixed_point(f, zeros, w, x, *arguments, adjoint=adjoint, **TIGHT).value.sum(), (0, 1)
+        )(w.detach(), x.detach())
+        torch.testing.assert_close(got, pulled, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("adjoint", named(EVERY))
+def test_the_start_has_a_gradient_only_where_the_iteration_is_what_is_differentiated(adjoint):
+    _, w, x = problem("tensor", 1)
+    z0 = normal(2, 4, seed=3).requires_grad_()
+    options = {"solver": eq.Picard(), "adjoint": adjoint, "max_steps": 3, "on_failure": "ignore"}
+    z = eq.fixed_point(tanh_map(), z0, w, x, **options).value
+    (gradient,) = torch.autograd.grad(z.sum(), z0, allow_unused=True)
+    if isinstance(adjoint, eq.Unrolled):
+        assert gradient.all()
+    else:
+        assert gradient is None
+
+
+@pytest.mark.parametrize("adjoint", named(EVERY))
+def test_frozen_parameters_of_a_layer_change_no_other_gradient_in_train_and_in_eval(adjoint):
+    layer = eq.DEQ(Cell(4), adjoint=adjoint, rtol=1e-12, max_steps=100)
+    x = normal(3, 4, seed=0).requires_grad_()
+    weight, bias = layer.cell.linear.weight, layer.cell.linear.bias
+    want = torch.autograd.grad(layer(x).square().sum(), (weight, bias, x))
+    for frozen in ((weight,), (bias,), (weight, bias)):
+        for training in (True, False):
+            layer.train(training)
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            free = [t for t in (weight, bias, x) if t.requires_grad]
+            got = dict(zip(map(id, free), torch.autograd.grad(layer(x).square().sum(), free), strict=True))
+            for t, value in zip((weight, bias, x), want, strict=True):
+                assert id(t) not in got or torch.allclose(got[id(t)], value, rtol=1e-12, atol=1e-14)
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+    data = x.detach()
+    layer.requires_grad_(False)
+    assert not layer(data).requires_grad
+    assert layer(x).requires_grad
+
+
+class Inside(nn.Module):
+    """A cell of one tensor, whose own step solves for an equilibrium of another structure."""
+
+    def __init__(self, adjoint) -> None:
+        super().__init__()
+        self.w = nn.Parameter(matrix(width("nested"), 5, 0.5))
+        self.mix = nn.Parameter(matrix(3, 3, 0.4))
+        self.adjoint = adjoint
+
+    def forward(self, z, x):
+        rows = torch.cat([z @ self.mix, x, z[:, :1]], dim=1)[:, : width("nested")]
+        rows = nn.functional.pad(rows, (0, width("nested") - rows.shape[1]))
+        zeros = split(torch.zeros_like(rows), "nested")
+        sol = eq.fixed_point(tanh_map("nested"), zeros, self.w, rows, **{**TIGHT, "adjoint": self.adjoint})
+        return 0.8 * torch.tanh(sol.value["b"].sum(dim=1, keepdim=True) + sol.value["a"][0].sum(1, True) + 0 * z + x)
+
+
+@pytest.mark.parametrize("inner", named({"implicit": EXACT["implicit"], "unrolled": EXACT["unrolled"]}))
+@pytest.mark.parametrize("outer", named({k: EXACT[k] for k in ("implicit", "implicit-order-2", "unrolled")}))
+def test_the_gradient_of_an_equilibrium_of_another_structure_inside_a_cell(outer, inner):
+    cell = Inside(inner)
+    x = normal(2, 3, seed=0).requires_grad_()
+    layer = eq.DEQ(cell, adjoint=outer, rtol=1e-12, max_steps=100, on_failure="ignore")
+    got = torch.autograd.grad(layer(x).sin().sum(), (x, cell.w, cell.mix))
+    z = torch.zeros_like(x)
+    for _ in range(30):
+        z = cell(z, x)
+    want = torch.autograd.grad(z.sin().sum(), (x, cell.w, cell.mix))
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+
+
+def test_the_hessian_of_transforms_is_that_of_order_two_and_of_unrolling():
+    zeros, w, x = problem("dict", 1)
+    w, x = w.detach(), x.detach()
+
+    def loss(x, adjoint):
+        sol = eq.fixed_point(tanh_map("dict"), split(zeros, "dict"), w, x, **{**TIGHT, "adjoint": adjoint})
+        return join(sol.value, 1).sin().sum()
+
+    first = torch.func.hessian(lambda x: loss(x, EXACT["implicit"]))(x)
+    second = torch.autograd.functional.hessian(lambda x: loss(x, EXACT["implicit-order-2"]), x)
+    third = torch.autograd.functional.hessian(lambda x: loss(x, eq.Unrolled()), x)
+    torch.testing.assert_close(first, second, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(first, third, rtol=1e-5, atol=1e-6)

@@ -1,11 +1,14 @@
 """The law of honesty: what a solve says about itself is true of what it returns, whatever became of it."""
 
+import dataclasses
 import itertools
 import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from cases import IMPLICIT, Case, Samples, cases
+from cases import Found as Everything
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from maps import STRUCTURES, Cell, Counted, join, leaves, matrix, normal, residual, same, split, tanh_map, width
 from torch import Tensor, nn
@@ -23,6 +26,139 @@ def near(a: Tensor, b: Tensor) -> bool:
     """Equal to the rounding of a sum, where residuals of any size are compared."""
     eps = torch.finfo(a.dtype).eps
     return torch.allclose(a, b.to(a.dtype), rtol=64 * eps, atol=0, equal_nan=True)
+
+
+# Every entry, solver, adjoint, structure and dtype.
+
+
+def true_adjoint_residual(case: Case, samples: Samples, found: Everything) -> Tensor:
+    """|v + J^T u - u| / |v| at the value returned, where u is the gradient of what is added to f; sample by sample."""
+    u = -found.shift if case.entry == "argmin" else found.shift
+    left = []
+    for i in range(len(samples)):
+        z = found.value[i : i + 1].clone().requires_grad_()
+        image = case.image_at(z, samples.take([i]))
+        (product,) = torch.autograd.grad(image, z, u[i : i + 1], materialize_grads=True)
+        left.append((samples.v[i] + product[0] - u[i]).norm() / samples.v[i].norm())
+    return torch.stack(left)
+
+
+@settings(derandomize=True, max_examples=160, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    case=cases(dtypes=(DOUBLE, torch.float32, torch.bfloat16)),
+    max_steps=st.sampled_from([1, 2, 3, 4, 7, 40]),
+    norm=st.sampled_from([eq.rms_norm, eq.max_norm]),
+)
+def test_all_that_is_said_is_true_whatever_solves_and_whatever_becomes_of_it(case, max_steps, norm):
+    case = case.given(max_steps=max_steps, norm=norm)
+    samples = case.samples()
+    found = case.solve(samples)
+    sol, relative = found.solution, case.entry in ("fixed_point", "deq")
+    half = case.dtype == torch.bfloat16
+    nonfinite, converged = found.status == eq.Status.NONFINITE, found.status == eq.Status.CONVERGED
+
+    # The residual is that of the value, and the tolerance is met where that is said, in every leaf.
+    sizes, scales = case.truth(samples, found, norm)
+    ratios = [torch.where(a == 0, a, a / b) for a, b in zip(sizes, scales, strict=True)] if relative else sizes
+    true = torch.stack([ratio.to(found.residual.dtype) for ratio in ratios]).amax(dim=0)
+    if case.entry == "equality":  # a sum in another order
+        torch.testing.assert_close(found.residual, true, rtol=1e-3, atol=2e-2 if half else 1e-5, equal_nan=True)
+    else:
+        assert near(found.residual, true)
+    rtol = ({DOUBLE: 1e-8, torch.float32: 1e-4}.get(case.dtype, 1e-2)) if relative else 0.0
+    atol = rtol / 100 if relative else {DOUBLE: 1e-8, torch.float32: 1e-5}.get(case.dtype, 1e-2)
+    slack = 2e-2 if case.entry == "equality" and half else 1e-5 if case.entry == "equality" and not case.tight else 0.0
+    for size, scale in zip(sizes, scales, strict=True):
+        assert (size <= (rtol * scale + atol) * 1.001 + slack)[converged].all()
+    assert found.value.isfinite().all()
+    assert found.residual[~nonfinite].isfinite().all()
+    assert not (found.residual < 0).any()
+
+    # Every call is counted, and no more are made than allowed; a transform looks at f once, to see what it captures.
+    looks = 1 + (case.entry in ("argmin", "equality")) if case.transformed else 0
+    if case.adjoint != eq.Unrolled(checkpoint=True):  # what a checkpoint computes again is torch's own
+        assert found.calls == sol.evaluations + sol.adjoint.evaluations + looks
+    assert 1 <= found.steps.min() <= found.steps.max() == sol.evaluations <= max_steps
+
+    for i, kind in enumerate(case.kinds):
+        if kind in ("nan", "infinite"):
+            assert nonfinite[i]
+            assert found.steps[i] == 1
+        if kind == "diverges" and not relative and case.entry != "root":
+            assert not converged[i]  # it has no minimum
+    for gradient in (found.x, found.slope, found.shift):
+        assert not gradient[nonfinite].any()
+        assert gradient.isfinite().all()
+    assert found.w.isfinite().all()
+
+    plain = case.solve(samples, grad=False)
+    assert torch.equal(plain.value, found.value)
+    assert torch.equal(plain.status, found.status)
+    assert torch.equal(plain.steps, found.steps)
+    assert torch.equal(plain.residual.nan_to_num(-1), found.residual.nan_to_num(-1))
+
+    # The backward solve's own report.
+    if found.adjoint_residual is None or found.adjoint_status is None:
+        return
+    assert (found.adjoint_status[nonfinite] == eq.Status.NONFINITE).all()
+    assert found.adjoint_residual[~nonfinite].isfinite().all()
+    good = ~nonfinite
+    if case.entry == "equality" or half or not good.any():
+        return
+    rows = good.nonzero().flatten()
+    true = true_adjoint_residual(case, samples.take(rows), found.take(rows))
+    said, done = found.adjoint_residual[rows], found.adjoint_status[rows] == eq.Status.CONVERGED
+    size = found.shift[rows].norm(dim=1) / samples.v[rows].norm(dim=1)
+    noise = 2000 * torch.finfo(case.dtype).eps * (1 + size)
+    assert (true <= 1.05 * said + noise).all()
+    if case.adjoint.order == 1:
+        assert (said <= 1.05 * true + noise).all()
+    assert (true <= (1.05e-8 if case.tight else 1.05e-4) + noise)[done].all()
+
+
+@settings(derandomize=True, max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    case=cases(adjoints=IMPLICIT, dtypes=(DOUBLE,), transforms=False),
+    policy=st.sampled_from(["raise", "warn"]),
+    products=st.integers(1, 3),
+)
+def test_failures_forward_and_backward_are_told_by_one_policy_with_their_number(case, policy, products):
+    adjoint = dataclasses.replace(case.adjoint, max_steps=products, rtol=1e-13)
+    case = case.but(adjoint=adjoint).given(max_steps=25)
+    samples = case.samples()
+    quiet = case.solve(samples)
+    assert quiet.adjoint_status is not None
+    backward = quiet.adjoint_status.clone()
+    backward[quiet.status == eq.Status.NONFINITE] = eq.Status.CONVERGED  # left out, and told about by the forward solve
+    if policy == "raise":
+        told = quiet.status if (quiet.status != eq.Status.CONVERGED).any() else backward
+        what = "solve: " if told is quiet.status else "backward solve: "
+        if (told == eq.Status.CONVERGED).all():
+            case.given(on_failure=policy).solve(samples)
+            return
+        with pytest.raises(eq.SolveError) as caught:
+            case.given(on_failure=policy).solve(samples)
+        assert torch.equal(caught.value.status, told)
+        assert str(caught.value).startswith(what)
+        sentences = [str(caught.value)]
+    else:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            case.given(on_failure=policy).solve(samples)
+        sentences = [str(w.message) for w in seen if issubclass(w.category, eq.ConvergenceWarning)]
+        if case.adjoint.order == 1:
+            causes = [len(set(t.tolist()) - {eq.Status.CONVERGED}) for t in (quiet.status, backward)]
+            assert len(sentences) == sum(causes)
+    for what, status in (("solve", quiet.status), ("backward solve", backward)):
+        if case.adjoint.order == 2 and what == "backward solve":
+            continue  # two of them, of which the report is the last
+        for cause in set(status.tolist()) - {eq.Status.CONVERGED}:
+            count, all_of_them = int((status == cause).sum()), len(status)
+            word = f"{what}: {count} of {all_of_them} sample{'s' if all_of_them != 1 else ''} ("
+            remedy = eq.Status(cause).remedy
+            if policy == "raise" and not sentences[0].startswith(f"{what}:"):
+                continue
+            assert any(word in sentence and remedy in sentence for sentence in sentences)
 
 
 # The residual.

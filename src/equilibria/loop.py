@@ -110,14 +110,17 @@ def run(
             callback(z, error, status, active)
         running = agree(all_active or bool(active.any()))
         if problem.evaluations >= max_steps or not running:
-            steps = torch.where(active, problem.evaluations, steps)
-            final_error = torch.where(active, best_error, final_error)
-            # A sample that stopped met its tolerance; if it no longer does, it is others that have moved it.
-            coupled = (status == Status.CONVERGED) & ~evaluation.satisfied & (error > 2 * final_error)
-            status = torch.where(coupled, Status.COUPLED, status)
-            final_error = torch.where(coupled, error, final_error)
-            z = torch.where(active[:, None], best, settled)
-            return Outcome(z, status, steps, final_error, problem.evaluations, memory)
+            break
         proposal, memory = solver.step(problem, evaluation._replace(best=best, best_error=best_error), memory)
         z = problem.round(proposal if all_active else torch.where(active[:, None], proposal, settled))
         first = False
+        if problem.evaluations >= max_steps:
+            break  # the step itself took the last evaluation, as Newton's do
+    steps = torch.where(active, problem.evaluations, steps)
+    final_error = torch.where(active, best_error, final_error)
+    # A sample that stopped met its tolerance; if it no longer does, it is others that have moved it.
+    coupled = (status == Status.CONVERGED) & ~evaluation.satisfied & (error > 2 * final_error)
+    status = torch.where(coupled, Status.COUPLED, status)
+    final_error = torch.where(coupled, error, final_error)
+    z = torch.where(active[:, None], best, settled)
+    return Outcome(z, status, steps, final_error, problem.evaluations, memory)

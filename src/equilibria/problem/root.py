@@ -7,6 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from equilibria.norms import Norm
 from equilibria.problem.equation import Equation
 from equilibria.problem.evaluation import ATOL, Evaluation, rounding_level
 from equilibria.transforms import transforming
@@ -18,6 +19,20 @@ class Root(Equation):
 
     name = "g"
     lacks = "root"
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        args: tuple[Any, ...],
+        layout: Layout,
+        norm: Norm,
+        rtol: float | None,
+        atol: float | None,
+        has_aux: bool,
+    ) -> None:
+        super().__init__(f, args, layout, norm, rtol, atol, has_aux)
+        # Kept apart from f, which a checkpoint wraps: minimisers look at the values of the objective.
+        self.gradient = f if isinstance(f, Gradient) else None
 
     def settle_tolerances(self, dtype: torch.dtype) -> None:
         if self.atol is None:
@@ -34,7 +49,7 @@ class Root(Equation):
                 # The values that g takes at the start are the scale of what its rounding leaves.
                 self.floor = rounding_level(self.compute_dtype or z.dtype) * size
             satisfied = size <= self.atol
-        values = getattr(self.f, "values", None)  # of a `Gradient`
+        values = None if self.gradient is None else self.gradient.values
         return Evaluation(z, z - output, -output, size, size, satisfied, z, size, values)
 
 

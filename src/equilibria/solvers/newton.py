@@ -71,10 +71,9 @@ class Newton:
             enough = size <= (1 - SUFFICIENT * memory.length) * memory.size  # False where size is NaN
             accepted = enough | ((memory.length < SHORTEST) & torch.isfinite(size))
         base = torch.where(accepted[:, None], z, memory.base)
-        direction = memory.direction
-        if bool(accepted.any()):
-            fresh = self._direction(problem, base, torch.where(accepted[:, None], residual, 0))
-            direction = torch.where(accepted[:, None], fresh, direction)
+        # Also where every sample only halves: else the steps of one would tell whether another has moved.
+        fresh = self._direction(problem, base, torch.where(accepted[:, None], residual, 0))
+        direction = torch.where(accepted[:, None], fresh, memory.direction)
         length = torch.where(accepted, 1, memory.length / 2)
         memory = Memory(base, torch.where(accepted, size, memory.size), direction, length)
         return base + length[:, None] * direction, memory
