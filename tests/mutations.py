@@ -62,8 +62,8 @@ MUTATIONS = [
     Mutation(
         "Honesty",
         "adjoints/implicit.py",
-        "coupled = solvable & (found.status == Status.CONVERGED) & (error > 10 * noise.clamp(min=rtol))",
-        "coupled = solvable & (error < 0)",
+        "coupled = claimed & (error > 10 * noise.clamp(min=rtol))",
+        "coupled = claimed & (error < 0)",
         "tests/test_purity.py -k couples",
     ),
     Mutation(

@@ -125,12 +125,13 @@ class Implicit:
         size = torch.where(solvable, torch.linalg.vector_norm(b, dim=1), 1)
         error = torch.linalg.vector_norm(left, dim=1) / size
         noise = level * (1 + torch.linalg.vector_norm(found.x, dim=1) / size)
-        coupled = solvable & (found.status == Status.CONVERGED) & (error > 10 * noise.clamp(min=rtol))
+        claimed = solvable & (found.status == Status.CONVERGED)
+        coupled = claimed & (error > 10 * noise.clamp(min=rtol))
         return replace(
             found,
             status=torch.where(coupled, Status.COUPLED, found.status),
             residual=torch.where(coupled, error, found.residual),
-            steps=found.steps + solvable.long(),
+            steps=found.steps + claimed,
             products=found.products + 1,
         )
 
