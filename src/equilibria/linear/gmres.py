@@ -82,6 +82,7 @@ class GMRES:
             unmet = running & (size > rtol * scale)
             status = torch.where(unmet & (pace > 0.5) & (size <= level * scale), Status.STALLED, status)
             status = torch.where(unmet & (broken != Status.CONVERGED), broken, status)
+            hopeless = hopeless | ~better  # the next cycle would be this one over again
             if self.give_up:
                 hopeless = hopeless | (unmet & (size * pace ** ((max_steps - steps) / length) > rtol * scale))
         error = torch.where(scale == 0, 0, size / torch.where(scale == 0, 1, scale))
