@@ -436,9 +436,14 @@ def second_order(name: str, solve, *inputs: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "linear", [None, eq.GMRES(), eq.BiCGSTAB(), eq.Dense(), eq.Picard(), eq.Anderson(), eq.Broyden()], ids=repr
+    ("solver", "linear"),
+    # Every solver, and every linear solver; pairs of the two are drawn by the law above.
+    [pytest.param(solver, None, id=name) for name, solver in SOLVERS.items()]
+    + [
+        pytest.param(eq.Anderson(), linear, id=f"anderson-{linear!r}")
+        for linear in (eq.GMRES(), eq.BiCGSTAB(), eq.Dense(), eq.Picard(), eq.Anderson(), eq.Broyden())
+    ],
 )
-@pytest.mark.parametrize("solver", named(SOLVERS))
 def test_second_derivatives_of_implicit(solver, linear):
     w, x = matrix(2, 0, 0.4).requires_grad_(), normal(2, 2, seed=1).requires_grad_()
     adjoint = eq.Implicit(solver=linear, rtol=1e-12, max_steps=200, order=2)
@@ -880,8 +885,13 @@ class Inside(nn.Module):
         return 0.8 * torch.tanh(sol.value["b"].sum(dim=1, keepdim=True) + sol.value["a"][0].sum(1, True) + 0 * z + x)
 
 
-@pytest.mark.parametrize("inner", named({"implicit": EXACT["implicit"], "unrolled": EXACT["unrolled"]}))
-@pytest.mark.parametrize("outer", named({k: EXACT[k] for k in ("implicit", "implicit-order-2", "unrolled")}))
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        pytest.param(EXACT[a], EXACT[b], id=f"{a}-{b}")
+        for a, b in (("implicit", "implicit"), ("implicit-order-2", "unrolled"), ("unrolled", "implicit"))
+    ],
+)
 def test_the_gradient_of_an_equilibrium_of_another_structure_inside_a_cell(outer, inner):
     cell = Inside(inner)
     x = normal(2, 3, seed=0).requires_grad_()
