@@ -113,7 +113,7 @@ def test_what_becomes_of_a_sample_is_the_same_alone_in_any_batch_order_and_compa
     ("entry", "number"), [pytest.param(e, i, id=f"{e}-{i}") for e in ALL for i in range(len(ALL[e])) if e != "deq"]
 )
 def test_every_solver_of_every_entry_in_the_company_of_every_kind(entry, number):
-    adjoints = [*IMPLICIT, CONJUGATE] if entry == "argmin" else IMPLICIT
+    adjoints = [CONJUGATE, *IMPLICIT] if entry == "argmin" else IMPLICIT
     kinds = ("plain", "wanders", "slow", "nan", "done", "late", "plain", "diverges", "wanders")
     adjoint = adjoints[number % len(adjoints)]
     case = Case(entry, ALL[entry][number], adjoint, "dict", 1, DOUBLE, number, kinds).given(max_steps=25)
