@@ -249,7 +249,8 @@ class Case:
     def value(self, s: Samples, shift: Tensor) -> Tensor:
         """The rows of the solution, (*batch, n), on the graph of a shift of that shape."""
         put = lambda t: t.reshape(*self.shape(len(s)), t.shape[-1])  # noqa: E731
-        return join(self._run(s, self.function(), self.weights(), put(s.x), put(s.slope), shift).value, self.batch_dims)
+        w = self.weights() if self.transformed else nn.Parameter(self.weights())
+        return join(self._run(s, self.function(), w, put(s.x), put(s.slope), shift).value, self.batch_dims)
 
     def _run(self, s: Samples, f: Callable[..., Any], w: Tensor, x: Tensor, slope: Tensor, shift: Tensor) -> Any:
         z0 = split(torch.zeros_like(x), self.structure)

@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import DOUBLE, NEWTONS, Case, cases
+from cases import CONJUGATE, DOUBLE, EASY, IMPLICIT, NEWTONS, Case, cases
+from cases import SOLVERS as ALL
 from cases import Found as Everything
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -81,7 +82,10 @@ def differences(one: Everything, other: Everything, kinds: list[str], case: Case
                 found.append((kind, name, a[i].item(), b[i].item()))
         for name in ("steps", "adjoint_steps"):
             a, b = getattr(one, name), getattr(other, name)
-            if a is not None and (a[i] - b[i]).abs() > steps:
+            # One step of BiCGSTAB is two products, and of a stiff system rounding decides when it is done.
+            pairs = name == "adjoint_steps" and getattr(case.adjoint, "solver", None) == eq.BiCGSTAB()
+            allowed = steps * (1 if not pairs else 2 if kind in EASY else 20)
+            if a is not None and (a[i] - b[i]).abs() > allowed:
                 found.append((kind, name, a[i].item(), b[i].item()))
         for name in ("value", "x", "slope", "shift"):
             a, b = getattr(one, name)[i], getattr(other, name)[i]
@@ -93,7 +97,7 @@ def differences(one: Everything, other: Everything, kinds: list[str], case: Case
     return found
 
 
-@settings(derandomize=True, max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases(batch_dims=(1, 1, 2)), order=st.randoms(use_true_random=False))
 def test_what_becomes_of_a_sample_is_the_same_alone_in_any_batch_order_and_company(case, order):
     samples = case.samples()
@@ -103,6 +107,21 @@ def test_what_becomes_of_a_sample_is_the_same_alone_in_any_batch_order_and_compa
     for some in (rows, rows[:1], rows[: order.randint(1, 4)]):
         apart = case.solve(samples.take(some))
         assert not differences(apart, together.take(some), [case.kinds[i] for i in some], case)
+
+
+@pytest.mark.parametrize(
+    ("entry", "number"), [pytest.param(e, i, id=f"{e}-{i}") for e in ALL for i in range(len(ALL[e])) if e != "deq"]
+)
+def test_every_solver_of_every_entry_in_the_company_of_every_kind(entry, number):
+    adjoints = [CONJUGATE, *IMPLICIT] if entry == "argmin" else IMPLICIT
+    kinds = ("plain", "wanders", "slow", "nan", "done", "late", "plain", "diverges", "wanders")
+    adjoint = adjoints[number % len(adjoints)]
+    case = Case(entry, ALL[entry][number], adjoint, "dict", 1, DOUBLE, number, kinds).given(max_steps=25)
+    samples = case.samples()
+    together = case.solve(samples)
+    for some in ([0], [2], [5, 4, 6], [7]):
+        apart = case.solve(samples.take(some))
+        assert not differences(apart, together.take(some), [kinds[i] for i in some], case)
 
 
 @settings(derandomize=True, max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, Samples, cases, image, objective
+from cases import IMPLICIT, UNROLLED, Case, Samples, cases, image, objective
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from maps import (
@@ -171,7 +171,11 @@ def test_the_gradient_is_that_of_dense_algebra_at_any_scale_of_the_loss_and_as_o
 
 
 @settings(derandomize=True, max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(case=cases(hard=False, dtypes=(DOUBLE,)))
+@given(
+    case=cases(
+        hard=False, dtypes=(DOUBLE,), adjoints=(*[eq.Implicit(order=2)] * 4, *IMPLICIT[:4], *UNROLLED, eq.Phantom(2))
+    )
+)
 def test_second_derivatives_are_right_or_refused_in_every_mode(case):
     case = tightened(case.but(kinds=tuple("plain" if kind == "slow" else kind for kind in case.kinds[:2])))
     samples = case.samples()
@@ -187,7 +191,7 @@ def test_second_derivatives_are_right_or_refused_in_every_mode(case):
 
     zeros = torch.zeros_like(weights)
     if case.transformed:
-        _, got = torch.func.jvp(first, (zeros,), (direction,))
+        (got,) = torch.func.vjp(first, zeros)[1](direction)  # the Hessian is symmetric
     else:
         shift = zeros.clone().requires_grad_()
         if not (isinstance(case.adjoint, eq.Unrolled) or getattr(case.adjoint, "order", 0) == 2):
@@ -436,9 +440,14 @@ def second_order(name: str, solve, *inputs: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "linear", [None, eq.GMRES(), eq.BiCGSTAB(), eq.Dense(), eq.Picard(), eq.Anderson(), eq.Broyden()], ids=repr
+    ("solver", "linear"),
+    # Every solver, and every linear solver; pairs of the two are drawn by the law above.
+    [pytest.param(solver, None, id=name) for name, solver in SOLVERS.items()]
+    + [
+        pytest.param(eq.Anderson(), linear, id=f"anderson-{linear!r}")
+        for linear in (eq.GMRES(), eq.BiCGSTAB(), eq.Dense(), eq.Picard(), eq.Anderson(), eq.Broyden())
+    ],
 )
-@pytest.mark.parametrize("solver", named(SOLVERS))
 def test_second_derivatives_of_implicit(solver, linear):
     w, x = matrix(2, 0, 0.4).requires_grad_(), normal(2, 2, seed=1).requires_grad_()
     adjoint = eq.Implicit(solver=linear, rtol=1e-12, max_steps=200, order=2)
@@ -880,8 +889,13 @@ class Inside(nn.Module):
         return 0.8 * torch.tanh(sol.value["b"].sum(dim=1, keepdim=True) + sol.value["a"][0].sum(1, True) + 0 * z + x)
 
 
-@pytest.mark.parametrize("inner", named({"implicit": EXACT["implicit"], "unrolled": EXACT["unrolled"]}))
-@pytest.mark.parametrize("outer", named({k: EXACT[k] for k in ("implicit", "implicit-order-2", "unrolled")}))
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        pytest.param(EXACT[a], EXACT[b], id=f"{a}-{b}")
+        for a, b in (("implicit", "implicit"), ("implicit-order-2", "unrolled"), ("unrolled", "implicit"))
+    ],
+)
 def test_the_gradient_of_an_equilibrium_of_another_structure_inside_a_cell(outer, inner):
     cell = Inside(inner)
     x = normal(2, 3, seed=0).requires_grad_()
