@@ -123,7 +123,10 @@ def is_linear_in_the_incoming_gradient(taken: Taken) -> None:
         return torch.autograd.grad(value, x, v, retain_graph=True)[0]
 
     off = distance(pull(first - 3 * second), pull(first) - 3 * pull(second))
-    expect(off <= 1e-6, f"the gradient of v - 3 w is {off:.1e} away from that of v less three times that of w.")
+    expect(
+        off <= (1e-6 if taken.exact else 1e-2),
+        f"the gradient of v - 3 w is {off:.1e} away from that of v less three times that of w.",
+    )
     zero = pull(torch.zeros_like(x))
     expect((zero == 0).all(), "an incoming gradient of zeros does not give zeros.")
     v = first.clone()
