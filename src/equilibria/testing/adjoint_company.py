@@ -15,7 +15,7 @@ from equilibria.testing.adjoint_gradients import PICARD, TIGHT, Taken
 from equilibria.testing.cases import make_case
 from equilibria.testing.found import gradients, weights
 from equilibria.testing.laws import distance, expect, freed, settings_untouched, untouched
-from equilibria.testing.solver_conduct import Counted, compiled_image
+from equilibria.testing.solver_conduct import Counted, compiled_anew, image
 
 
 class Cell(nn.Module):
@@ -229,7 +229,7 @@ def differentiates_compiled_functions(taken: Taken) -> None:
     case = make_case(fixed_point, batch=(3,))
     x = case.x.clone().requires_grad_()
     pulled = []
-    for f in (compiled_image, torch.compile(compiled_image, backend="aot_eager")):
+    for f in (image, compiled_anew(image)):
         value = case.solve(PICARD, taken.adjoint, f=f, args=replace(case, x=x).args).value
         pulled.append(torch.autograd.grad(value, x, weights(x))[0])
     off = distance(*pulled)

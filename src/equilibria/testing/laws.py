@@ -32,7 +32,7 @@ def hold(what: str, part: Any, subject: Subject, laws: Sequence[Law[Subject]]) -
     unexpected: list[Exception] = []
     for law in laws:
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
                 law(subject)
         except AssertionError as error:
             broken.append(f"- {title(law)}: {error}")

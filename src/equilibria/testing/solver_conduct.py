@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def treats_a_sample_alike_alone_and_in_any_order(tried: Tried) -> None:
         together = find(case, tried.solver)
         order = [3, 0, 5, 1, 4, 2]
         agree(find(case.take(order), tried.solver), together.take(order), "in another order", case)
-        for row in (0, 1, 4):
+        for row in (0, 4):
             agree(find(case.take([row]), tried.solver), together.take([row]), "alone", case)
 
 
@@ -79,8 +80,8 @@ def _beside(tried: Tried, fault: float, where: str, dtypes: tuple[torch.dtype, .
     for dtype in dtypes:
         case = make_case(tried.entry, n=5, dtype=dtype, seed=4)
         rest = [0, 1, 3, 4, 5]
-        company = find(case.spoil(2, fault), tried.solver, max_steps=200)
-        alone = find(case.take(rest), tried.solver, max_steps=200)
+        company = find(case.spoil(2, fault), tried.solver, max_steps=100)
+        alone = find(case.take(rest), tried.solver, max_steps=100)
         agree(company.take(rest), alone, where, case)
 
 
@@ -124,15 +125,14 @@ def takes_empty_batches_and_empty_states(tried: Tried) -> None:
 
 
 def has_solutions_that_pass_gradcheck(tried: Tried) -> None:
-    for structure, batch in (("tensor", (2,)), ("nested", ())):
-        case = make_case(tried.entry, structure, batch, n=3)
+    case = make_case(tried.entry, "nested", (2,))
 
-        def value(w: Tensor, x: Tensor, case: Any = case) -> Tensor:
-            args = (w, x, case.slope, case.fault)
-            return case.join(case.solve(tried.solver, Implicit(), tolerance=1e-11, args=args).value)
+    def value(w: Tensor, x: Tensor) -> Tensor:
+        args = (w, x, case.slope, case.fault)
+        return case.join(case.solve(tried.solver, Implicit(), tolerance=1e-11, args=args).value)
 
-        inputs = [tensor.clone().requires_grad_() for tensor in (case.w, case.x)]
-        torch.autograd.gradcheck(value, inputs, atol=1e-5, rtol=1e-4, fast_mode=True)
+    inputs = [tensor.clone().requires_grad_() for tensor in (case.w, case.x)]
+    torch.autograd.gradcheck(value, inputs, atol=1e-5, rtol=1e-4, fast_mode=True)
 
 
 def is_unrolled_rightly_or_refuses_to_be(tried: Tried) -> None:
@@ -159,10 +159,10 @@ def solves_compiled_functions(tried: Tried) -> None:
     case = make_case(tried.entry, batch=(3,))
     if case.is_argmin:
         return  # minima take second derivatives, which torch does not give of compiled functions
-    f = compiled_image if tried.entry is fixed_point else compiled_gap
+    f = image if tried.entry is fixed_point else _gap
     with torch.no_grad():
         plain = case.solve(tried.solver, f=f)
-        compiled = case.solve(tried.solver, f=torch.compile(f, backend="aot_eager"))
+        compiled = case.solve(tried.solver, f=compiled_anew(f))
     off = distance(compiled.value, plain.value)
     expect(
         off <= 1e-6 and torch.equal(compiled.status, plain.status),
@@ -170,13 +170,17 @@ def solves_compiled_functions(tried: Tried) -> None:
     )
 
 
-# Functions of the module, so that each is compiled once in a process, whatever the number of parts checked.
-def compiled_image(z: Tensor, w: Tensor, x: Tensor, slope: Tensor, fault: Tensor) -> Tensor:
+def image(z: Tensor, w: Tensor, x: Tensor, slope: Tensor, fault: Tensor) -> Tensor:
     return torch.tanh(slope * (z @ w) + x)
 
 
-def compiled_gap(z: Tensor, w: Tensor, x: Tensor, slope: Tensor, fault: Tensor) -> Tensor:
-    return z - torch.tanh(slope * (z @ w) + x)
+def _gap(z: Tensor, w: Tensor, x: Tensor, slope: Tensor, fault: Tensor) -> Tensor:
+    return z - image(z, w, x, slope, fault)
+
+
+def compiled_anew(f: FunctionType) -> Callable[..., Any]:
+    """The compiled function, of a code object of its own: past eight versions of one the compiler gives up on it."""
+    return torch.compile(FunctionType(f.__code__.replace(), f.__globals__, f.__name__), backend="aot_eager")
 
 
 def leaves_no_reference_cycles(tried: Tried) -> None:
