@@ -1,5 +1,6 @@
 """Adjoints: how a solution is attached to the autograd graph."""
 
+from equilibria.adjoints.attachment import attach, autocast_state, restore, sealed, shield
 from equilibria.adjoints.implicit import Implicit
 from equilibria.adjoints.neumann import Neumann
 from equilibria.adjoints.onestep import OneStep
@@ -7,4 +8,17 @@ from equilibria.adjoints.phantom import Phantom
 from equilibria.adjoints.protocol import Adjoint
 from equilibria.adjoints.unrolled import Unrolled
 
-__all__ = ["Adjoint", "Implicit", "Neumann", "OneStep", "Phantom", "Unrolled"]
+# What an adjoint of one's own is made of stands beside the adjoints: see docs/extending.md.
+__all__ = [
+    "Adjoint",
+    "Implicit",
+    "Neumann",
+    "OneStep",
+    "Phantom",
+    "Unrolled",
+    "attach",
+    "autocast_state",
+    "restore",
+    "sealed",
+    "shield",
+]

@@ -185,7 +185,7 @@ def gives_samples_of_nan_no_gradient(taken: Taken) -> None:
         expect(
             off <= 1e-8,
             f"{where}: the gradient of a shared weight is {off:.1e} away from that without the sample; 0 * nan is nan, "
-            "so evaluate it elsewhere, as equilibria.adjoints.attachment does for the adjoints of the library.",
+            "so evaluate it elsewhere, as `sealed` of equilibria.adjoints does for the adjoints of the library.",
         )
 
 
