@@ -18,6 +18,7 @@ SOURCE = ROOT / "src"
 ROOMS = [
     "tree",
     "transforms",
+    "precision",
     "norms",
     "status",
     "options",

@@ -114,6 +114,7 @@ def run(
             final_error = torch.where(active, best_error, final_error)
             z = torch.where(active[:, None], best, settled)
             return Outcome(z, status, steps, final_error, problem.evaluations, memory)
-        proposal, memory = solver.step(problem, evaluation._replace(best=best, best_error=best_error), memory)
+        evaluation = evaluation._replace(best=best, best_error=best_error, agree=agree)
+        proposal, memory = solver.step(problem, evaluation, memory)
         z = problem.round(proposal if all_active else torch.where(active[:, None], proposal, settled))
         first = False
