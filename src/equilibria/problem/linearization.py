@@ -1,6 +1,8 @@
 """Products with a Jacobian at a point."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ class Linearization:
 
     def __init__(self, call: Callable[[Tensor], Tensor], z: Tensor) -> None:
         self.call = call
-        with torch.enable_grad():
-            self.z = z.detach().requires_grad_()
+        with recording():
+            self.z = leaf_at(z)
             self.image = call(self.z)
         self._dual: tuple[Tensor, Tensor | None] | None = None
         self._by_differences = False
@@ -47,7 +49,7 @@ class Linearization:
             _refuse_others(error)
         try:
             self._dual = None
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            with recording(), sdpa_kernel(SDPBackend.MATH):
                 image = self.call(self.z)
             return self._by_duality(image, u)
         except RuntimeError as error:
@@ -58,7 +60,7 @@ class Linearization:
 
     def _by_duality(self, image: Tensor, u: Tensor) -> Tensor:
         if self._dual is None:
-            with torch.enable_grad():
+            with recording():
                 w = torch.zeros_like(image, requires_grad=True)
                 (transposed,) = torch.autograd.grad(image, self.z, w, create_graph=True, allow_unused=True)
             self._dual = w, transposed
@@ -76,6 +78,16 @@ class Linearization:
         step = torch.finfo(u.dtype).eps ** (1 / 3) * scale / torch.where(size > 0, size, 1)
         difference = self.call(self.z + step * u) - self.call(self.z - step * u)
         return difference / (2 * step)
+
+
+def recording() -> AbstractContextManager[Any]:
+    """Grad mode on, also in inference mode, where `torch.enable_grad` alone changes nothing and says nothing."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
+
+
+def leaf_at(z: Tensor) -> Tensor:
+    """A leaf of the values of `z` to differentiate at; within `recording`."""
+    return (z.clone() if z.is_inference() else z.detach()).requires_grad_()
 
 
 def _refuse_others(error: RuntimeError) -> None:
