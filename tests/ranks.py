@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -40,7 +41,8 @@ def on_each_rank(work: Callable[[int], None], ranks: int = 2) -> None:
 def _rank(rank: int, work: Callable[[int], None], ranks: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
+    # A rank that waits for another in vain is to fail, and soon.
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     try:
         work(rank)
         torch.distributed.barrier()

@@ -166,6 +166,32 @@ def test_a_compiled_objective_is_refused_in_words():
         eq.argmin(objective, torch.zeros(3, 6))
 
 
+class Bottleneck(nn.Module):
+    """A cell that saves for its backward what it does not return, which the compiler then frees at once if it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
+
+    def forward(self, z, x):
+        return torch.tanh(0.5 * self.up(torch.relu(self.down(z))) + x)
+
+
+@pytest.mark.parametrize("first", [eq.Phantom(2), eq.Unrolled()])
+@pytest.mark.parametrize("solver", [eq.Anderson(), eq.Newton()])
+def test_the_adjoint_of_a_compiled_cell_can_be_changed(solver, first):
+    torch.manual_seed(0)
+    plain = Bottleneck()
+    compiled = torch.compile(plain, backend=counting())
+    x = inputs(3, 8)
+    eq.DEQ(compiled, adjoint=first)(x).sum().backward()
+    gradients = []
+    for c in (plain, compiled):
+        layer = eq.DEQ(c, solver=solver, rtol=1e-5, on_failure="raise")
+        gradients.append(torch.autograd.grad(layer(x).square().sum(), tuple(plain.parameters())))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_compiled_cell_under_autocast():
     counter = counting()
     plain = cell()

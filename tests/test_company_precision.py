@@ -191,6 +191,19 @@ def test_a_long_state_does_not_overflow_under_autocast_in_float16():
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+def test_newton_under_autocast_where_its_products_evaluate_the_cell_again(dtype):
+    torch.manual_seed(0)
+    attention = Attention(width=16)
+    x = inputs(2, 4, 16).to(dtype)  # as it comes from a layer under autocast, and meets parameters in float32
+    with torch.autocast("cpu", dtype=dtype):
+        sol = eq.fixed_point(lambda z: attention(z, x), torch.zeros(2, 4, 16), solver=eq.Newton())
+        want = eq.fixed_point(lambda z: attention(z, x), torch.zeros(2, 4, 16), solver=eq.Picard())
+    torch.testing.assert_close(sol.value, want.value, rtol=5e-2, atol=5e-2)
+    sol.value.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in attention.parameters())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 def test_part_of_a_cell_may_leave_autocast(dtype):
     class Careful(nn.Module):
         def __init__(self):

@@ -30,7 +30,15 @@ class Linearization:
         if not self.image.requires_grad:
             return torch.zeros_like(u)
         u = u.to(self.image.dtype)
-        (product,) = torch.autograd.grad(self.image, self.z, u, retain_graph=True, allow_unused=True)
+        try:
+            (product,) = torch.autograd.grad(self.image, self.z, u, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "donated buffers" not in str(error):
+                raise
+            # Compiled for a backward that comes once, as that of another adjoint: evaluated anew for each product.
+            with recording():
+                image = self.call(self.z)
+            (product,) = torch.autograd.grad(image, self.z, u, allow_unused=True)
         return torch.zeros_like(u) if product is None else product
 
     def product(self, u: Tensor) -> Tensor:
@@ -92,5 +100,5 @@ def leaf_at(z: Tensor) -> Tensor:
 
 def _refuse_others(error: RuntimeError) -> None:
     """Raise again what is not the lack of a second derivative, as operations and compiled functions word it."""
-    if not any(words in str(error) for words in ("not implemented", "double backward")):
+    if not any(words in str(error) for words in ("not implemented", "double backward", "donated buffers")):
         raise error
