@@ -127,11 +127,15 @@ def test_default_tolerances_are_met_by_healthy_models(dtype, autocast, kind, sha
 @pytest.mark.parametrize("dtype", HALVES)
 def test_newton_under_autocast_where_its_products_evaluate_the_cell_again(dtype):
     torch.manual_seed(0)
-    attention = Attention(width=16)
-    x = inputs(2, 4, 16).to(dtype)  # as it comes from a layer under autocast, and meets parameters in float32
+    attention, inject = Attention(width=16), nn.Linear(16, 16)
+    x = inputs(2, 4, 16).to(dtype)  # as it comes from a layer under autocast; without it the product below is an error
+
+    def f(z):
+        return attention(z, inject(x))
+
     with torch.autocast("cpu", dtype=dtype):
-        sol = eq.fixed_point(lambda z: attention(z, x), torch.zeros(2, 4, 16), solver=eq.Newton())
-        want = eq.fixed_point(lambda z: attention(z, x), torch.zeros(2, 4, 16), solver=eq.Picard())
+        sol = eq.fixed_point(f, torch.zeros(2, 4, 16), solver=eq.Newton())
+        want = eq.fixed_point(f, torch.zeros(2, 4, 16), solver=eq.Picard())
     torch.testing.assert_close(sol.value, want.value, rtol=5e-2, atol=5e-2)
     sol.value.square().sum().backward()
     assert all(p.grad.isfinite().all() for p in attention.parameters())
