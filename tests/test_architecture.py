@@ -19,6 +19,7 @@ ROOMS = [
     "tree",
     "transforms",
     "steady",
+    "precision",
     "norms",
     "status",
     "options",

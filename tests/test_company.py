@@ -8,9 +8,7 @@ import warnings
 import weakref
 
 import pytest
-import ranks
 import torch
-import torch._dynamo.testing
 from maps import Cell, matrix, normal, same, tanh_map
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +18,6 @@ import equilibria as eq
 
 DOUBLE = torch.float64
 ADJOINTS = [eq.Implicit(), eq.Phantom(3), eq.OneStep(), eq.Unrolled(), eq.Unrolled(checkpoint=True)]
-HALVES = [torch.bfloat16, torch.float16]
 
 
 def cell(n: int = 8, **options) -> Cell:
@@ -29,79 +26,6 @@ def cell(n: int = 8, **options) -> Cell:
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return normal(*shape, seed=3, dtype=dtype)
-
-
-# Precision.
-
-
-class Normed(nn.Module):
-    """A post-norm cell, of float32 output though its products may be narrower, as normalisations have it on a GPU."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.linear, self.norm = nn.Linear(n, n), nn.LayerNorm(n)
-        with torch.no_grad():
-            self.linear.weight.copy_(matrix(n, 7, 0.3))
-
-    def forward(self, z, x):
-        return self.norm((self.linear(z) + x).float())
-
-
-@pytest.mark.parametrize("kind", [cell, Normed])
-@pytest.mark.parametrize("adjoint", ADJOINTS)
-@pytest.mark.parametrize("dtype", HALVES)
-def test_autocast(dtype, adjoint, kind):
-    layer = eq.DEQ(kind(8), adjoint=adjoint, on_failure="raise")
-    x = inputs(4, 8).requires_grad_()
-    v = normal(4, 8, seed=5, dtype=torch.float32)
-    full = torch.autograd.grad(layer(x), (x, *layer.parameters()), v)
-    with torch.autocast("cpu", dtype=dtype):
-        z = layer(x)
-    assert z.dtype == torch.float32
-    half = torch.autograd.grad(z, (x, *layer.parameters()), v)  # backward runs outside of autocast
-    for got, want in zip(half, full, strict=True):
-        assert got.dtype == torch.float32
-        assert (got - want).norm() < 0.1 * want.norm()
-
-
-@pytest.mark.parametrize("kind", [cell, Normed])
-@pytest.mark.parametrize("dtype", HALVES)
-def test_autocast_with_layers_around_whose_outputs_are_half_precision(dtype, kind):
-    model = nn.Sequential(nn.Linear(8, 8), eq.DEQ(kind(8), on_failure="raise"), nn.Linear(8, 2))
-    with torch.autocast("cpu", dtype=dtype):
-        loss = model(inputs(4, 8)).square().sum()
-    loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("adjoint", ADJOINTS)
-@pytest.mark.parametrize("dtype", HALVES)
-def test_a_module_in_half_precision_throughout(dtype, adjoint):
-    layer = eq.DEQ(cell().to(dtype), adjoint=adjoint, on_failure="raise")
-    x = inputs(4, 8).to(dtype).requires_grad_()
-    sol = layer.solve(x)
-    assert sol.value.dtype == dtype
-    with torch.no_grad():  # the residual is that of the value in its own dtype
-        image = layer.cell(sol.value, x).float()
-        true = eq.rms_norm(image - sol.value.float()) / eq.rms_norm(image)
-    torch.testing.assert_close(sol.residual, true, rtol=1e-5, atol=0)
-    sol.value.float().square().sum().backward()
-    assert x.grad.dtype == dtype
-    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in layer.parameters())
-
-
-def test_a_state_in_float32_around_a_cell_in_bfloat16_is_finer_than_one_in_bfloat16():
-    half = cell(64, norm=0.9).bfloat16()
-    x = inputs(4, 64).bfloat16()
-    f = lambda z: half(z.bfloat16(), x)  # noqa: E731
-    options = {"max_steps": 60, "on_failure": "ignore", "rtol": 1e-6}
-    narrow = eq.fixed_point(f, torch.zeros(4, 64, dtype=torch.bfloat16), **options)
-    wide = eq.fixed_point(f, torch.zeros(4, 64, dtype=torch.bfloat16), state_dtype=torch.float32, **options)
-    assert narrow.value.dtype == torch.bfloat16
-    assert wide.value.dtype == torch.float32
-    assert wide.residual.max() < narrow.residual.max()
-    wide.value.sum().backward()
-    assert half.linear.weight.grad.isfinite().all()
 
 
 # A layer is a module like any other.
@@ -210,77 +134,6 @@ def test_keyword_and_further_inputs_reach_the_cell():
     z.sum().backward()
     torch.testing.assert_close(shift.grad, torch.full((4,), 6.0), rtol=1e-3, atol=0)
     assert gate.grad.isfinite().all()
-
-
-# The compiler.
-
-
-@pytest.mark.parametrize("adjoint", ADJOINTS[:4])
-def test_a_compiled_cell(adjoint):
-    torch._dynamo.reset()
-    plain = eq.DEQ(cell(), adjoint=adjoint, rtol=1e-5)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = eq.DEQ(torch.compile(plain.cell, backend=counter), adjoint=adjoint, rtol=1e-5)
-    x = inputs(3, 8).requires_grad_()
-    results = []
-    for layer in (plain, compiled):
-        z = layer(x)
-        results.append((z, *torch.autograd.grad(z.sum(), (x, *plain.parameters()))))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
-    assert 1 <= counter.frame_count <= 3  # without grad, with grad, and with a state that needs it
-
-
-class Model(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.before, self.layer, self.after = nn.Linear(8, 8), layer, nn.Linear(8, 2)
-
-    def forward(self, x):
-        return self.after(self.layer(self.before(x))).relu()
-
-
-@pytest.mark.parametrize("adjoint", ADJOINTS[:4])
-def test_a_compiled_model_around_a_layer_is_two_graphs(adjoint):
-    torch._dynamo.reset()
-    model = Model(eq.DEQ(cell(), adjoint=adjoint, rtol=1e-5))
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter)
-    x = inputs(3, 8)
-    for _ in range(2):  # the second call compiles nothing
-        want = torch.autograd.grad(model(x).sum(), tuple(model.parameters()))
-        got = torch.autograd.grad(compiled(x).sum(), tuple(model.parameters()))
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        assert counter.frame_count == 2
-
-
-def test_a_compiled_function_around_fixed_point():
-    torch._dynamo.reset()
-    w = matrix(8, 0, 0.5, torch.float32).requires_grad_()
-
-    def solve(x):
-        sol = eq.fixed_point(tanh_map(), torch.zeros_like(x), w, x.sin(), rtol=1e-5)
-        return sol.value.cos().sum()
-
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(solve, backend=counter)
-    x = inputs(3, 8)
-    torch.testing.assert_close(torch.autograd.grad(compiled(x), w), torch.autograd.grad(solve(x), w))
-    assert counter.frame_count == 2  # before it and after it
-
-
-def test_the_default_compiler_compiles_the_cell():
-    torch._dynamo.reset()
-    plain = eq.DEQ(cell(), rtol=1e-5)
-    layer = eq.DEQ(torch.compile(plain.cell), rtol=1e-5)
-    x = inputs(3, 8)
-    got, want = layer(x), plain(x)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    for a, b in zip(
-        torch.autograd.grad(got.sum(), tuple(plain.parameters())),
-        torch.autograd.grad(want.sum(), tuple(plain.parameters())),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 # Modes and checkpoints.
@@ -521,10 +374,3 @@ def test_monitor_ends_with_its_block_also_when_the_block_fails():
     with eq.monitor(model) as reports, torch.no_grad():
         model(inputs(2, 8))
     assert [r.evaluations > 1 for r in reports] == [True]
-
-
-# Several processes.
-
-
-def test_two_ranks_stop_and_fail_together_and_train_under_ddp_like_one():
-    ranks.on_each_rank(ranks.work)

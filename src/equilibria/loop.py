@@ -111,7 +111,8 @@ def run(
         running = agree(all_active or bool(active.any()))
         if problem.evaluations >= max_steps or not running:
             break
-        proposal, memory = solver.step(problem, evaluation._replace(best=best, best_error=best_error), memory)
+        evaluation = evaluation._replace(best=best, best_error=best_error, agree=agree)
+        proposal, memory = solver.step(problem, evaluation, memory)
         z = problem.round(proposal if all_active else torch.where(active[:, None], proposal, settled))
         first = False
         if problem.evaluations >= max_steps:

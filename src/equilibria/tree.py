@@ -1,7 +1,7 @@
 """A state of any structure as one buffer of shape (batch, n), and back."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,11 @@ class Layout:
             leaves[0].device,
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # torch warns of the specs of leaves where they are pickled or copied: a tree of numbers says as much.
+        tree = pytree.tree_unflatten(range(len(self.shapes)), self.spec)
+        return _layout, (tree, *(getattr(self, field.name) for field in fields(self)[1:]))
+
     @property
     def batch(self) -> int:
         """The number of independent samples."""
@@ -134,6 +139,10 @@ class Layout:
             return buffer
         parts = buffer.split(self.sizes, dim=1)
         return torch.cat([p.to(d).to(self.dtype) for p, d in zip(parts, self.dtypes, strict=True)], dim=1)
+
+
+def _layout(tree: Any, *rest: Any) -> Layout:
+    return Layout(pytree.tree_structure(tree), *rest)
 
 
 def detached(tree: Any) -> Any:

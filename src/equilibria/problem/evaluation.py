@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from equilibria.status import Agree
+
 # The one table of default tolerances, by the dtype that f computes in: of fixed points, and of roots and minima.
 RTOL = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 ATOL = {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -23,6 +25,7 @@ class Evaluation(NamedTuple):
         best: (batch, n), the iterate of the lowest error so far.
         best_error: (batch,), that error.
         values: (batch,), of the objective, where there is one.
+        agree: makes ranks that share collectives take the same way, for solvers that evaluate f or its products.
     """
 
     z: Tensor
@@ -34,6 +37,7 @@ class Evaluation(NamedTuple):
     best: Tensor
     best_error: Tensor
     values: Tensor | None = None
+    agree: Agree = bool
 
 
 def rounding_level(dtype: torch.dtype) -> float:

@@ -1,6 +1,8 @@
 """Products with a Jacobian at a point."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ class Linearization:
 
     def __init__(self, call: Callable[[Tensor], Tensor], z: Tensor) -> None:
         self.call = call
-        with torch.enable_grad():
-            self.z = z.detach().requires_grad_()
+        with recording():
+            self.z = leaf_at(z)
             self.image = call(self.z)
         self._dual: tuple[Tensor, Tensor | None] | None = None
         self._by_differences = False
@@ -28,7 +30,15 @@ class Linearization:
         if not self.image.requires_grad:
             return torch.zeros_like(u)
         u = u.to(self.image.dtype)
-        (product,) = torch.autograd.grad(self.image, self.z, u, retain_graph=True, allow_unused=True)
+        try:
+            (product,) = torch.autograd.grad(self.image, self.z, u, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            if "donated buffers" not in str(error):
+                raise
+            # Compiled for a backward that comes once, as that of another adjoint: evaluated anew for each product.
+            with recording():
+                image = self.call(self.z)
+            (product,) = torch.autograd.grad(image, self.z, u, allow_unused=True)
         return torch.zeros_like(u) if product is None else product
 
     def product(self, u: Tensor) -> Tensor:
@@ -47,7 +57,7 @@ class Linearization:
             _refuse_others(error)
         try:
             self._dual = None
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            with recording(), sdpa_kernel(SDPBackend.MATH):
                 image = self.call(self.z)
             return self._by_duality(image, u)
         except RuntimeError as error:
@@ -58,7 +68,7 @@ class Linearization:
 
     def _by_duality(self, image: Tensor, u: Tensor) -> Tensor:
         if self._dual is None:
-            with torch.enable_grad():
+            with recording():
                 w = torch.zeros_like(image, requires_grad=True)
                 (transposed,) = torch.autograd.grad(image, self.z, w, create_graph=True, allow_unused=True)
             self._dual = w, transposed
@@ -78,7 +88,17 @@ class Linearization:
         return difference / (2 * step)
 
 
+def recording() -> AbstractContextManager[Any]:
+    """Grad mode on, also in inference mode, where `torch.enable_grad` alone changes nothing and says nothing."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
+
+
+def leaf_at(z: Tensor) -> Tensor:
+    """A leaf of the values of `z` to differentiate at; within `recording`."""
+    return (z.clone() if z.is_inference() else z.detach()).requires_grad_()
+
+
 def _refuse_others(error: RuntimeError) -> None:
     """Raise again what is not the lack of a second derivative, as operations and compiled functions word it."""
-    if not any(words in str(error) for words in ("not implemented", "double backward")):
+    if not any(words in str(error) for words in ("not implemented", "double backward", "donated buffers")):
         raise error

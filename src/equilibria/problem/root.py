@@ -8,8 +8,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from equilibria.norms import Norm
+from equilibria.precision import precise
 from equilibria.problem.equation import Equation
 from equilibria.problem.evaluation import ATOL, Evaluation, rounding_level
+from equilibria.problem.linearization import leaf_at, recording
 from equilibria.transforms import transforming
 from equilibria.tree import Layout
 
@@ -73,14 +75,13 @@ class Gradient:
             return self._transformed(z, *args)
         create_graph = torch.is_grad_enabled()
         leaves, spec = pytree.tree_flatten(z)
-        with torch.enable_grad():
-            leaves = [
-                leaf if leaf.requires_grad and create_graph else leaf.detach().requires_grad_() for leaf in leaves
-            ]
+        with recording():
+            leaves = [leaf if leaf.requires_grad and create_graph else leaf_at(leaf) for leaf in leaves]
             output, aux = self._evaluate(pytree.tree_unflatten(leaves, spec), args)
             gradients = (None,) * len(leaves)
             if output.requires_grad:
-                gradients = torch.autograd.grad(output.sum(), leaves, create_graph=create_graph, allow_unused=True)
+                with precise(output):
+                    gradients = torch.autograd.grad(output.sum(), leaves, create_graph=create_graph, allow_unused=True)
         self.values = output.detach().reshape(self.layout.batch)
         gradients = [torch.zeros_like(z) if g is None else g for g, z in zip(gradients, leaves, strict=True)]
         result = pytree.tree_unflatten(gradients, spec)

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from equilibria.linear import GMRES, LinearSolver
 from equilibria.options import check_fraction, check_integer, check_part
+from equilibria.precision import as_it_is, precise
 from equilibria.problem import Evaluation, Problem
+from equilibria.status import Agree
 
 # A step is accepted when it lowers the residual by this part of what the linear model promises (Armijo's condition).
 SUFFICIENT = 1e-4
@@ -72,17 +74,19 @@ class Newton:
             accepted = enough | ((memory.length < SHORTEST) & torch.isfinite(size))
         base = torch.where(accepted[:, None], z, memory.base)
         # Also where every sample only halves: else the steps of one would tell whether another has moved.
-        fresh = self._direction(problem, base, torch.where(accepted[:, None], residual, 0))
+        fresh = self._direction(problem, base, torch.where(accepted[:, None], residual, 0), evaluation.agree)
         direction = torch.where(accepted[:, None], fresh, memory.direction)
         length = torch.where(accepted, 1, memory.length / 2)
         memory = Memory(base, torch.where(accepted, size, memory.size), direction, length)
         return base + length[:, None] * direction, memory
 
-    def _direction(self, problem: Problem, z: Tensor, residual: Tensor) -> Tensor:
+    def _direction(self, problem: Problem, z: Tensor, residual: Tensor, agree: Agree) -> Tensor:
         jacobian = problem.linearize(z)
         problem.evaluations += 1
-        found = self.linear_solver.solve(
-            lambda d: d - jacobian.product(d), residual, self.linear_rtol, problem.level, self.max_products, bool
-        )
+        jacobian.call = as_it_is(jacobian.call, z)  # some products evaluate f again
+        with precise(z):
+            found = self.linear_solver.solve(
+                lambda d: d - jacobian.product(d), residual, self.linear_rtol, problem.level, self.max_products, agree
+            )
         usable = torch.isfinite(found.x).all(dim=1) & (found.residual < 1)
         return torch.where(usable[:, None], found.x, residual)
