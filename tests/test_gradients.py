@@ -801,16 +801,20 @@ def test_hooks_on_the_output_and_its_second_use_see_one_gradient(adjoint):
 
 
 @pytest.mark.parametrize("adjoint", named(EVERY))
-def test_a_value_that_is_changed_in_place_keeps_its_gradient(adjoint):
-    zeros, w, x = problem("tensor", 1)
+@pytest.mark.parametrize("structure", ["tensor", "nested"])
+def test_a_value_that_is_changed_in_place_keeps_its_gradient(adjoint, structure):
+    zeros, w, x = problem(structure, 1)
 
     def solve():
-        return eq.fixed_point(tanh_map(), zeros, w, x, solver=eq.Picard(), adjoint=adjoint, **TIGHT).value
+        f = tanh_map(structure)
+        return eq.fixed_point(f, zeros, w, x, solver=eq.Picard(), adjoint=adjoint, **TIGHT).value
 
-    want = torch.autograd.grad(solve().sum(), (w, x))
+    want = torch.autograd.grad(sum(leaf.sum() for leaf in leaves(solve())), (w, x))
     z = solve()
-    z.mul_(3)
-    torch.testing.assert_close(torch.autograd.grad(z.sum(), (w, x)), tuple(3 * g for g in want), rtol=1e-9, atol=1e-11)
+    for leaf in leaves(z):
+        leaf.mul_(3)
+    got = torch.autograd.grad(sum(leaf.sum() for leaf in leaves(z)), (w, x))
+    torch.testing.assert_close(got, tuple(3 * g for g in want), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("adjoint", named(EVERY))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from equilibria.adjoints import Adjoint
@@ -107,7 +108,10 @@ def solve(
         end = WarmStart(outcome.z.detach().clone(), layout, solver, detached(outcome.memory))
     aux = problem.take_aux(end.z, failures.agree)
     status, steps, error = (t.reshape(layout.batch_shape) for t in (status, steps, error))
-    return Solution(layout.unpack(value), status, steps, error, problem.evaluations, aux, end, report)
+    leaves = layout.unpack(value)
+    if len(layout.sizes) > 1:
+        leaves = pytree.tree_map(torch.clone, leaves)  # so that each can be changed in place without the others
+    return Solution(leaves, status, steps, error, problem.evaluations, aux, end, report)
 
 
 def _telling(problem: Equation, callback: Callback) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:

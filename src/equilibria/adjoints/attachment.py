@@ -1,5 +1,6 @@
 """What adjoints that differentiate at the solution have in common."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -94,7 +95,7 @@ def _sealing(bad: Tensor) -> Iterator[Call]:
             return grad
         if bool(bad.all()):
             return torch.zeros_like(grad)
-        if grad.ndim == 0 or grad.shape[0] % len(bad):
+        if not _by_sample(grad, bad):
             return grad
         rows = grad.reshape(len(bad), -1)
         return torch.where(bad[:, None] & ~torch.isfinite(rows), 0, rows).reshape(grad.shape)
@@ -138,12 +139,17 @@ class _Expanding(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _by_sample(tensor: Tensor, bad: Tensor) -> bool:
+    """Whether the first dimensions of a tensor can be those of the samples, one or several of them, or a multiple."""
+    return any(math.prod(tensor.shape[:k]) % len(bad) == 0 for k in range(1, tensor.ndim + 1))
+
+
 def _cleaned(tensor: Tensor, bad: Tensor) -> Tensor:
     # By ones, since derivatives divide by what was saved.
     if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
         return tensor
     finite = tensor[torch.isfinite(tensor)]
-    if tensor.ndim == 0 or tensor.shape[0] % len(bad) or not bool((finite != 0).any()):
+    if not _by_sample(tensor, bad) or not bool((finite != 0).any()):
         # Infinities among zeros alone are an attention mask, which all samples share.
         return torch.where(torch.isnan(tensor), 1, tensor)
     rows = torch.where(torch.isnan(tensor), 1, tensor).reshape(len(bad), -1)

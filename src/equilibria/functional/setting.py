@@ -92,8 +92,11 @@ class Setting:
 
     def _cleaned(self, leaf: Tensor, bad: Tensor) -> Tensor:
         # By ones, since derivatives divide by inputs. A tensor of this shape that belongs to no sample loses nothing: a
-        # good sample does not depend on an entry that is NaN.
+        # good sample does not depend on an entry that is NaN; and infinities of good samples, as in an attention mask,
+        # are meant.
         shape = self.problem.layout.batch_shape
         if not leaf.is_floating_point() or leaf.shape[: len(shape)] != shape:
             return leaf
-        return torch.where(bad.reshape(*shape, *(1,) * (leaf.ndim - len(shape))) & torch.isnan(leaf), 1, leaf)
+        rows, infinite = bad.reshape(*shape, *(1,) * (leaf.ndim - len(shape))), torch.isinf(leaf)
+        meant = (infinite & ~rows).any()
+        return torch.where(rows & (torch.isnan(leaf) | (infinite & ~meant)), 1, leaf)
