@@ -36,6 +36,8 @@ def test_the_tests_of_the_table_exist(name: str):
 def test_a_thousand_cases_are_drawn_from_a_fixed_seed():
     drawn = 0
     for module in MODULES:
+        if re.search("onelayer|corpora|ngrams|report", module):  # of the application
+            continue
         for test in vars(importlib.import_module(module)).values():
             if getattr(test, "is_hypothesis_test", False):
                 settings = test._hypothesis_internal_use_settings
