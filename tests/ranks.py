@@ -206,6 +206,8 @@ def solve_with_a_sharded_cell(rank: int) -> None:
             assert fewest < most
             got = sharded.linear.weight.grad.full_tensor()
             torch.testing.assert_close(2 * got, whole.linear.weight.grad, rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match=r"fully_shard\(layer\)"):
+        eq.DEQ(sharded)(mine)
 
 
 def fail_together(rank: int) -> None:

@@ -51,7 +51,7 @@ def test_a_tolerance_below_half_precision_ends_stalled_and_not_at_the_cap(seed, 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("solver", [eq.Newton(), eq.Broyden()])
 def test_a_root_to_a_tolerance_below_half_precision_ends_stalled(solver, dtype):
-    w, x = matrix(32, 0, 0.8, dtype), normal(3, 32, seed=1, dtype=dtype)
+    w, x = matrix(32, 0, 0.8, dtype), normal(24, 32, seed=1, dtype=dtype)
     g = lambda z: z - torch.tanh(z @ w + x)  # noqa: E731
     sol = eq.root(g, torch.zeros_like(x), solver=solver, atol=1e-7, max_steps=400, on_failure="ignore")
     assert ((sol.status == eq.Status.STALLED) | (sol.residual <= 1e-7)).all()
@@ -193,3 +193,42 @@ def test_a_loss_scale_changes_nothing_in_float16(autocast):
         (gradient,) = torch.autograd.grad(scale * loss, layer.cell.linear.weight)
         gradients.append(gradient.float() / scale)
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[1].norm()
+
+
+class Convolutions(nn.Module):
+    """Two convolutions and three normalisations; in half precision the products of its backward round a lot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(32, 64, 3, padding=1), nn.Conv2d(64, 32, 3, padding=1)
+        self.norms = nn.ModuleList(nn.GroupNorm(4, width) for width in (64, 32, 32))
+
+    def forward(self, z, x):
+        y = self.norms[1](x + self.down(self.norms[0](torch.relu(self.up(z)))))
+        return self.norms[2](torch.relu(z + y))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_backward_solve_that_rounds_at_its_tolerance_is_met(seed):
+    torch.manual_seed(seed)
+    layer = eq.DEQ(Convolutions().bfloat16(), max_steps=100)
+    sol = layer.solve(torch.randn(2, 32, 8, 8).bfloat16())
+    sol.value.float().square().sum().backward()
+    assert not (sol.adjoint.status == eq.Status.STALLED).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_backward_inside_of_autocast_solves_in_full_precision(dtype):
+    torch.manual_seed(0)
+    n = 400
+    weight = (torch.randn(n, n) * 0.6 / n**0.5).requires_grad_()
+    x = torch.randn(8, n)
+    results = []
+    for inside in (False, True):
+        with torch.autocast("cpu", dtype=dtype):
+            options = {"adjoint": eq.Implicit(rtol=1e-4), "on_failure": "ignore"}  # half precision stalls above that
+            sol = eq.fixed_point(lambda z: torch.tanh(z @ weight + x), torch.zeros(8, n), **options)
+            loss = sol.value.float().square().sum()
+            results += [torch.autograd.grad(loss, weight)[0]] if inside else []
+        results += [] if inside else [torch.autograd.grad(loss, weight)[0]]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)

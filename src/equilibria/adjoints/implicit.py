@@ -11,6 +11,7 @@ from equilibria.adjoints.protocol import Solve
 from equilibria.linear import GMRES, Dense, LinearSolution, LinearSolver
 from equilibria.loop import Outcome, run
 from equilibria.options import check_choice, check_integer, check_part, check_tolerance
+from equilibria.precision import precise
 from equilibria.problem import RTOL, Affine, Equation, Linearization
 from equilibria.solution import AdjointReport
 from equilibria.solvers import Picard, Solver
@@ -98,9 +99,10 @@ class Implicit:
         usable = torch.isfinite(scale) if bad is None else torch.isfinite(scale) & ~bad
         solvable = usable & (scale > 0)
         b = torch.where(solvable[:, None], v / torch.where(solvable, scale, 1)[:, None], 0)
-        found = self._solve_scaled(product, b, rtol, problem.level, failures.agree)
-        if failures.agree(bool((solvable & (found.status == Status.CONVERGED)).any())):
-            found = self._checked(found, product, b, scale, solvable, rtol, problem.level)
+        with precise(v):
+            found = self._solve_scaled(product, b, rtol, problem.level, failures.agree)
+            if failures.agree(bool((solvable & (found.status == Status.CONVERGED)).any())):
+                found = self._checked(found, product, b, scale, solvable, rtol, problem.level)
         shape = problem.layout.batch_shape
         report.status = torch.where(usable, found.status, Status.NONFINITE).reshape(shape)
         report.residual = torch.where(usable, found.residual, torch.nan).reshape(shape)

@@ -54,6 +54,8 @@ class GMRES:
         size = torch.where(scale == 0, 0, size)
         hopeless = torch.zeros_like(scale, dtype=torch.bool)
         length = min(self.restart, max_steps)
+        # Where products round at the tolerance, a cycle that aims at it may end a hair above, with no second chance.
+        target = rtol * scale * (1 if level < 0.1 * rtol else 0.5)
         while True:
             running = status == Status.MAX_STEPS
             status = torch.where(running & (size <= rtol * scale), Status.CONVERGED, status)
@@ -64,7 +66,7 @@ class GMRES:
             if not agree(bool(running.any())):
                 break
             correction, left, noise, used, broken, count = self._cycle(
-                operator, residual, size, running, rtol * scale, room, length, agree
+                operator, residual, size, running, target, room, length, agree
             )
             products += count
             # Where products are noisy, or the recurrence rounds to the tolerance, only a product at the result tells.

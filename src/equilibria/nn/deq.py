@@ -1,5 +1,6 @@
 """The Deep Equilibrium Model as a layer."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -117,7 +118,7 @@ class DEQ(nn.Module):
 
     @uncompiled
     def _solve(self, inputs: tuple[Any, ...], keywords: dict[str, Any], z0: Any, state: WarmStart | None) -> Solution:
-        self._refuse_random()
+        self._refuse_what_cannot_work()
         max_steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
         # Options of a layer are often changed after it was made.
         check_options(
@@ -179,9 +180,16 @@ class DEQ(nn.Module):
             )
         return pytree.tree_map(_zeros_like, inputs[0])
 
-    def _refuse_random(self) -> None:
+    def _refuse_what_cannot_work(self) -> None:
         if not isinstance(self.cell, nn.Module):
             return
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it, which takes a while
+        if fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in self.cell.modules()):
+            raise ValueError(
+                "The cell of this DEQ is sharded, and gathers its parameters at every evaluation: ranks that stop at "
+                "different counts would wait for each other for ever. Shard the whole layer, fully_shard(layer), or "
+                "solve by eq.fixed_point with process_group."
+            )
         for name, module in self.cell.named_modules():
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
                 raise ValueError(
