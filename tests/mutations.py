@@ -107,7 +107,7 @@ MUTATIONS = [
         "linear/gmres.py",
         "room = max_steps - 1 - steps",
         "room = max_steps - 1 - products + 0 * steps",
-        "tests/test_linear.py -k company",
+        "tests/test_linear.py -k others_need",
     ),
     # Gradient.
     Mutation(
@@ -224,21 +224,21 @@ MUTATIONS = [
         "adjoints/attachment.py",
         "return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)",
         "return nullcontext",
-        "tests/test_company.py -k autocast",
+        "tests/test_company_precision.py -k autocast",
     ),
     Mutation(
         "Company",
         "solve.py",
         "return torch.compiler.disable(entry)",
         "return entry",
-        "tests/test_company.py -k compiled",
+        "tests/test_company_compile.py -k two_graphs",
     ),
     Mutation(
         "Company",
         "status.py",
         "torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=self.process_group)",
         "pass",
-        "tests/test_company.py -k ranks",
+        "tests/test_company_ranks.py",
     ),
     # Memory.
     Mutation(

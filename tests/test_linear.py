@@ -121,3 +121,28 @@ def test_products_are_counted_and_held_to_the_limit(solver: eq.LinearSolver) -> 
 def test_too_large_for_dense_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match=r"Dense\(max_size=8\).*eq\.GMRES\(\)"):
         eq.Dense(max_size=8).solve(lambda x: x, torch.ones(1, 9), 1e-4, 1e-6, 10, bool)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_the_others_need_is_not_taken_from_the_products_that_a_sample_may_use(seed: int) -> None:
+    # Products that round coarsely make samples begin new cycles at different products, near the limit or not.
+    matrices, b = systems(5, 12, seed, symmetric=False)
+    size = torch.linspace(0.2, 1.5, 5, dtype=torch.float64)
+    matrices = torch.eye(12, dtype=torch.float64) + size[:, None, None] * (
+        matrices - torch.eye(12, dtype=torch.float64)
+    )
+
+    def found(rows: list[int], allowed: int) -> eq.LinearSolution:
+        def operator(x: Tensor) -> Tensor:
+            return torch.stack([matrices[i] @ row for i, row in zip(rows, x, strict=True)]).bfloat16().double()
+
+        return eq.GMRES(restart=5).solve(operator, b[rows], 1e-3, 1e-4, allowed, bool)
+
+    for allowed in range(3, 24):
+        together = found([0, 1, 2, 3, 4], allowed)
+        assert (together.steps <= allowed).all()
+        for i in range(5):
+            alone = found([i], allowed)
+            assert alone.steps[0] == together.steps[i]
+            assert alone.status[0] == together.status[i]
+            torch.testing.assert_close(alone.x[0], together.x[i], rtol=1e-9, atol=1e-12)
