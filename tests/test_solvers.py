@@ -358,6 +358,30 @@ def test_restarted_gmres_stagnates_on_a_nilpotent_jacobian_and_plain_iteration_t
     assert (alone.adjoint.status != eq.Status.CONVERGED).all()
 
 
+@pytest.mark.parametrize("scale", [0.01, 1.0, 3.0, 30.0])
+@pytest.mark.parametrize("length", [8, 64])
+def test_recurrent_back_propagation_is_exact_on_networks_however_far_their_gradients_lie_apart(length, scale):
+    # Up to 1e94 apart, or down to 1e-128: what matters is each layer's own gradient, and not its share of the norm.
+    f, zeros, _ = chain(length, 3, scale, seed=0, linear=True)
+    x = torch.zeros_like(zeros, requires_grad=True)
+    v = torch.zeros_like(zeros)
+    v[:, -3:] = 1
+    (want,) = torch.autograd.grad(
+        eq.fixed_point(lambda z: f(z) + x, zeros, solver=eq.Picard(), adjoint=eq.Unrolled(), rtol=0.0).value, x, v
+    )
+    adjoint = eq.Implicit(solver=eq.Picard(), rtol=0.0)
+    sol = eq.fixed_point(lambda z: f(z) + x, zeros, solver=eq.Picard(), adjoint=adjoint, rtol=0.0)
+    (got,) = torch.autograd.grad(sol.value, x, v)
+    assert (sol.adjoint.status == eq.Status.CONVERGED).all()
+    assert (sol.adjoint.residual == 0).all()
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
+    if scale == 3.0:  # the default hands over to plain iteration
+        sol = eq.fixed_point(lambda z: f(z) + x, zeros, solver=eq.Picard())
+        (got,) = torch.autograd.grad(sol.value, x, v)
+        assert (sol.adjoint.status == eq.Status.CONVERGED).all()
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
 class _CountedProduct(torch.autograd.Function):
     """The identity, which counts how often it is differentiated."""
 

@@ -142,7 +142,7 @@ class Implicit:
             return u - product(u)
 
         def iterate(solver: Solver, start: Tensor, b: Tensor) -> LinearSolution:
-            problem = Affine(product, b, rtol, level)
+            problem = Affine(product, b, rtol, level, plain=solver == Picard())
             found = run(problem, solver, start, solver.init(problem, start), self.max_steps, agree=agree)
             return LinearSolution(found.z, found.status, found.steps, found.error, found.evaluations)
 
