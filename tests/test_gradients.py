@@ -806,8 +806,8 @@ def test_a_value_that_is_changed_in_place_keeps_its_gradient(adjoint, structure)
     zeros, w, x = problem(structure, 1)
 
     def solve():
-        f = tanh_map(structure)
-        return eq.fixed_point(f, zeros, w, x, solver=eq.Picard(), adjoint=adjoint, **TIGHT).value
+        f, z0 = tanh_map(structure), split(zeros, structure)
+        return eq.fixed_point(f, z0, w, x, solver=eq.Picard(), adjoint=adjoint, **TIGHT).value
 
     want = torch.autograd.grad(sum(leaf.sum() for leaf in leaves(solve())), (w, x))
     z = solve()

@@ -27,7 +27,7 @@ SHARED = {
     "power": (lambda z, w, x: x**w, -1.0),
     "power, function": (lambda z, w, x: torch.pow(x, w), -1.0),
     "negative power": (lambda z, w, x: x ** (-w), 0.0),
-    "base": (lambda z, w, x: w**x, torch.inf),
+    "base": (lambda z, w, x: (1 + w) ** x, torch.inf),
     "cosine over": (lambda z, w, x: torch.cos(w) / x.square(), 0.0),
     "addcdiv": (lambda z, w, x: torch.addcdiv(z, w, x), 0.0),
     "xlogy": (lambda z, w, x: torch.xlogy(w, x), -1.0),

@@ -84,9 +84,10 @@ class Newton:
         jacobian = problem.linearize(z)
         problem.evaluations += 1
         jacobian.call = as_it_is(jacobian.call, z)  # some products evaluate f again
+        level = min(problem.level, 0.05 * self.linear_rtol)  # a direction may be as rough as its products
         with precise(z):
             found = self.linear_solver.solve(
-                lambda d: d - jacobian.product(d), residual, self.linear_rtol, problem.level, self.max_products, agree
+                lambda d: d - jacobian.product(d), residual, self.linear_rtol, level, self.max_products, agree
             )
         usable = torch.isfinite(found.x).all(dim=1) & (found.residual < 1)
         return torch.where(usable[:, None], found.x, residual)
