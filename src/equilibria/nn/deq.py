@@ -44,6 +44,10 @@ class DEQ(nn.Module):
     as with `batch_dims=0`, and all samples share its status, steps and residual. Its statistics, and other buffers that
     a call of the cell moves in training, stay as they are at every evaluation and move once, when the call ends.
 
+    Under `torch.compile` the layer stays out and its cell may be compiled on its own: a model whose own `forward` calls
+    it becomes two graphs, before and after; of an `nn.Sequential` around it torch compiles none of its own layers.
+    Under FSDP2 shard the whole layer, `fully_shard(layer)`, never the cell.
+
     Under `torch.func`, with `functional_call` or without, parameters, buffers and all arguments of a call take part;
     with a cell that is no module, the arguments alone.
 
