@@ -114,6 +114,17 @@ def joint() -> eq.DEQ:
     return eq.DEQ(broken.Normalising(), batch_dims=0, max_steps=100)
 
 
+class Through(nn.Module):
+    """A cell that passes through a part which changes from call to call, outside of a solve."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.part = nn.Linear(5, 5), part
+
+    def forward(self, z, x):
+        return torch.tanh(0.4 * self.part(self.linear(z)) + x)
+
+
 GOOD_CELLS: dict[str, tuple[Callable, tuple[int, ...]]] = {
     "linear": (broken.Fine, (4, 5)),
     "two batch dimensions": (lambda: eq.DEQ(broken.Fine(), batch_dims=2), (4, 3, 5)),
@@ -122,6 +133,8 @@ GOOD_CELLS: dict[str, tuple[Callable, tuple[int, ...]]] = {
     "several leaves": (Pair, (4, 5)),
     "a function": (lambda: lambda z, x: torch.tanh(0.3 * z.roll(1, dims=1) + x), (4, 5)),
     "BatchNorm as one joint problem": (joint, (4, 5)),
+    "variational dropout": (lambda: Through(eq.nn.VariationalDropout(0.3)), (4, 5)),
+    "spectral normalisation": (lambda: Through(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5))), (4, 5)),
 }
 
 

@@ -112,9 +112,8 @@ def _new_seed(generator: torch.Generator) -> int:
     return int(torch.randint(SEEDS, (), generator=generator))
 
 
-@contextmanager
-def steady(f: Callable[..., Any], module: Any = None) -> Iterator[Callable[..., Any]]:
-    """`f` as one function for a whole solve; a solve that succeeds moves the buffers of `module` once.
+def hold(f: Callable[..., Any], module: Any = None) -> _Steady:
+    """`f` as one function, the same at every call.
 
     Args:
         f: the user's function.
@@ -122,7 +121,13 @@ def steady(f: Callable[..., Any], module: Any = None) -> Iterator[Callable[..., 
     """
     module = f if module is None else module
     # What transforms have wrapped must not be kept from one evaluation to the next.
-    held = _Steady(f, module if isinstance(module, nn.Module) and not transformed() else None)
+    return _Steady(f, module if isinstance(module, nn.Module) and not transformed() else None)
+
+
+@contextmanager
+def steady(f: Callable[..., Any], module: Any = None) -> Iterator[Callable[..., Any]]:
+    """The same for the length of a solve; one that succeeds moves the buffers of the module once."""
+    held = hold(f, module)
     yield held
     held.settle()
 

@@ -73,6 +73,7 @@ def has_the_gradient_of_unrolling(called: Called) -> None:
     double = isinstance(called.cell, nn.Module)
     tolerance, bound = (1e-10, 1e-4) if double else (1e-5, 1e-2)
     called, leaves = _watched(called.copied(double=double))
+    f = called.f  # with the buffers that the solve starts from
     layer = called.layer
     layer.adjoint, layer.rtol, layer.atol = Implicit(), tolerance, tolerance / 100
     layer.max_steps, layer.eval_max_steps = max(300, layer.max_steps), None
@@ -95,7 +96,7 @@ def has_the_gradient_of_unrolling(called: Called) -> None:
     if not solution.converged.all() or radius > 0.95:
         return  # no equilibrium was found, as another law tells, or plain iteration does not stay there
     for _ in range(50 + math.ceil(math.log(1e-7) / math.log(max(radius, 1e-3)))):
-        state = called.cell(state, *called.inputs)
+        state = f(state, *called.inputs)
     expected = _pull(called, state, leaves)
     for name, one in found.items():
         other = expected[name]

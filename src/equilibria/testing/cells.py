@@ -33,8 +33,9 @@ def check_cell(cell: Callable[..., Any], *example: Any) -> None:
     >>> eq.testing.check_cell(Cell(8), torch.randn(4, 8))
     >>> eq.testing.check_cell(eq.DEQ(Cell(8), solver=eq.Broyden(), max_steps=60), torch.randn(4, 8))
 
-    The cell itself is left alone: all is done on copies. Give a batch of at least two samples, of a size that no other
-    dimension has, since tensors are told to belong to samples by their first dimensions.
+    The cell itself is left alone: all is done on copies, with `eq.nn.VariationalDropout` asleep in most of them. Give a
+    batch of at least two samples, of a size that no other dimension has, since tensors are told to belong to samples by
+    their first dimensions.
 
     Args:
         cell: of a layer; or an `eq.DEQ`, whose cell is then checked with its solver, tolerances and other options. One

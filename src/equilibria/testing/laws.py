@@ -37,7 +37,8 @@ def hold(what: str, part: Any, subject: Subject, laws: Sequence[Law[Subject]]) -
         except AssertionError as error:
             broken.append(f"- {title(law)}: {error}")
         except Exception as error:
-            broken.append(f"- {title(law)}: raised {type(error).__name__}: {error}")
+            said = str(error).strip().split("\n\n")[0]  # gradcheck goes on with whole matrices; the cause has them
+            broken.append(f"- {title(law)}: raised {type(error).__name__}: {said}")
             unexpected.append(error)
     if broken:
         count = f"{len(broken)} of {len(laws)} laws {'is' if len(broken) == 1 else 'are'} broken"
