@@ -221,9 +221,9 @@ MUTATIONS = [
     # Company.
     Mutation(
         "Company",
-        "adjoints/attachment.py",
-        "return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)",
-        "return nullcontext",
+        "precision.py",
+        "return torch.autocast(kind, dtype=dtype, enabled=enabled)",
+        "return nullcontext()",
         "tests/test_company_precision.py -k autocast",
     ),
     Mutation(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equilibria.precision import precise
 from equilibria.problem import Problem
 from equilibria.solvers.protocol import Solver
 from equilibria.status import Agree, Status
@@ -112,7 +113,8 @@ def run(
         if problem.evaluations >= max_steps or not running:
             break
         evaluation = evaluation._replace(best=best, best_error=best_error, agree=agree)
-        proposal, memory = solver.step(problem, evaluation, memory)
+        with precise(z):
+            proposal, memory = solver.step(problem, evaluation, memory)
         z = problem.round(proposal if all_active else torch.where(active[:, None], proposal, settled))
         first = False
         if problem.evaluations >= max_steps:

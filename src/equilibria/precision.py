@@ -8,6 +8,21 @@ import torch
 from torch import Tensor
 
 
+def autocast_state(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes contexts in which autocast is as it is now: solvers run without, and backward outside the user's own."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def context() -> AbstractContextManager[Any]:
+        if not enabled and not torch.is_autocast_enabled(kind):
+            return nullcontext()
+        return torch.autocast(kind, dtype=dtype, enabled=enabled)
+
+    return context
+
+
 def precise(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context without autocast, for the algebra of solvers and for derivatives taken on the way.
 
@@ -18,17 +33,3 @@ def precise(tensor: Tensor) -> AbstractContextManager[Any]:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
-
-
-def as_it_is(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Callable[[Tensor], Tensor]:
-    """`function` under the autocast of now, wherever it is called: for calls of the user's from within `precise`."""
-    kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return function
-    dtype = torch.get_autocast_dtype(kind)
-
-    def call(argument: Tensor) -> Tensor:
-        with torch.autocast(kind, dtype=dtype):
-            return function(argument)
-
-    return call

@@ -1,6 +1,6 @@
 """Adjoints: how a solution is attached to the autograd graph."""
 
-from equilibria.adjoints.attachment import attach, autocast_state, restore, sealed, shield
+from equilibria.adjoints.attachment import attach, restore, sealed, shield
 from equilibria.adjoints.implicit import Implicit
 from equilibria.adjoints.neumann import Neumann
 from equilibria.adjoints.onestep import OneStep
@@ -17,7 +17,6 @@ __all__ = [
     "Phantom",
     "Unrolled",
     "attach",
-    "autocast_state",
     "restore",
     "sealed",
     "shield",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -157,12 +157,3 @@ def _cleaned(tensor: Tensor, bad: Tensor) -> Tensor:
     if bool(infinite[~bad].any()):
         return rows.reshape(tensor.shape)
     return torch.where(infinite, 1, rows).reshape(tensor.shape)
-
-
-def autocast_state(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes contexts in which autocast is as it is now: backward runs outside the user's own."""
-    kind = device.type
-    if not torch.amp.is_autocast_available(kind):
-        return nullcontext
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from equilibria.adjoints.attachment import Call, attach, autocast_state, restore, sealed, shield
+from equilibria.adjoints.attachment import Call, attach, restore, sealed, shield
 from equilibria.adjoints.protocol import Solve
 from equilibria.linear import GMRES, Dense, LinearSolution, LinearSolver
 from equilibria.loop import Outcome, run
@@ -70,12 +70,10 @@ class Implicit:
         with torch.no_grad():
             outcome = solve(problem)
         z, bad = shield(outcome, failures.agree)
-        autocast = autocast_state(z.device)
 
         def apply(z: Tensor) -> Tensor:
             report.evaluations += 1
-            with autocast():
-                return problem.apply(z)
+            return problem.apply(z)
 
         def solve_linear(product: Product, v: Tensor) -> Tensor:
             return self.solve_linear(product, v, bad, problem, failures, report)

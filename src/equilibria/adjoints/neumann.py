@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from equilibria.adjoints.attachment import attach, autocast_state, restore, sealed, shield
+from equilibria.adjoints.attachment import attach, restore, sealed, shield
 from equilibria.adjoints.phantom import REFUSAL
 from equilibria.adjoints.protocol import Solve
 from equilibria.loop import Outcome
@@ -46,13 +46,11 @@ class Neumann:
         z, bad = shield(outcome, failures.agree)
         image = sealed(problem.apply, bad)(z)
         report.evaluations += 1
-        autocast = autocast_state(z.device)
 
         def pull(z: Tensor, v: Tensor) -> Tensor:
             if torch.is_grad_enabled():
                 raise RuntimeError(REFUSAL)
-            with autocast():
-                jacobian = problem.linearize(z)
+            jacobian = problem.linearize(z)
             report.evaluations += 1
             report.steps = torch.full_like(outcome_steps, self.terms - 1)
             term = u = v

@@ -28,8 +28,7 @@ class Equilibrium(torch.autograd.Function):
     def forward(setting: Setting, z0: Tensor, *leaves: Tensor) -> Any:
         equation = setting.equation(None, tuple(leaf.detach() for leaf in leaves))
         layout = equation.layout
-        with setting.autocast():
-            outcome = setting.search(equation, z0.detach().reshape(layout.batch, z0.shape[-1]))
+        outcome = setting.search(equation, z0.detach().reshape(layout.batch, z0.shape[-1]))
         setting.tally.evaluations = outcome.evaluations
         setting.failures.tell("solve", outcome.status, outcome.error)
         per_sample = (outcome.status, outcome.steps, outcome.error)
@@ -90,8 +89,7 @@ class Linear(torch.autograd.Function):
             )
         equation = setting.equation(bad, tuple(leaf.detach() for leaf in leaves))
         batch, n = equation.layout.batch, z.shape[-1]
-        with setting.autocast():
-            jacobian = Linearization(equation.apply, z.reshape(batch, n))
+        jacobian = Linearization(equation.apply, z.reshape(batch, n))
         setting.report.evaluations += 1
         x = setting.adjoint.solve_linear(
             jacobian.transposed_product if transposed else jacobian.product,

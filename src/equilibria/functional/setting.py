@@ -1,7 +1,6 @@
 """The equation of a solve as a function of explicit tensors, mapped over as many axes as there are."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +34,7 @@ class Setting:
         problem: the equation of one entry of the mapped axes, whose `args` are replaced.
         rebuild: from the tensors among the arguments to the arguments.
         search: the forward solve, on plain tensors.
-        adjoint, failures, report, autocast, tally: of the solve.
+        adjoint, failures, report, tally: of the solve.
         sizes: of the mapped axes, outermost first.
         axes: the dimension of each argument tensor that is mapped, or None; one tuple an axis, innermost first.
     """
@@ -46,7 +45,6 @@ class Setting:
     adjoint: Adjoint
     failures: Failures
     report: AdjointReport
-    autocast: Callable[[], AbstractContextManager[Any]]
     tally: Tally
     sizes: tuple[int, ...] = ()
     axes: tuple[tuple[int | None, ...], ...] = ()
@@ -74,8 +72,7 @@ class Setting:
     def image(self, z: Tensor, bad: Tensor, leaves: tuple[Tensor, ...]) -> Tensor:
         """Where plain iteration goes from `z`, as a function of all tensors that it depends on."""
         equation = self.equation(bad, leaves)
-        with self.autocast():
-            image = equation.apply(z.reshape(equation.layout.batch, z.shape[-1])).reshape(z.shape)
+        image = equation.apply(z.reshape(equation.layout.batch, z.shape[-1])).reshape(z.shape)
         return torch.where(bad[..., None], 0, image)
 
     def _call(self, z: Any, *leaves: Tensor) -> Any:

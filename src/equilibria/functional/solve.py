@@ -8,7 +8,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from equilibria.adjoints import Adjoint
-from equilibria.adjoints.attachment import autocast_state
 from equilibria.functional.rules import Equilibrium
 from equilibria.functional.setting import Search, Setting, Tally
 from equilibria.problem import Equation
@@ -60,7 +59,7 @@ def solve_transformed(
     probe.args = rebuild(tuple(peel(tensor, first) for tensor in tensors))
     _refuse_captures(probe, peel(z0, first))
     tally = Tally()
-    setting = Setting(problem, rebuild, search, adjoint, failures, report, autocast_state(z0.device), tally)
+    setting = Setting(problem, rebuild, search, adjoint, failures, report, tally)
     z, status, steps, error = Equilibrium.apply(setting, z0, *tensors)
     return Result(z, status, steps, error, tally.evaluations)
 

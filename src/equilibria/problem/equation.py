@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from equilibria.norms import Norm
+from equilibria.precision import autocast_state
 from equilibria.problem.evaluation import Evaluation, rounding_level
 from equilibria.problem.linearization import Linearization
 from equilibria.problem.randomness import Watch, culprits, difference
@@ -50,6 +51,7 @@ class Equation:
         self.rtol = rtol
         self.atol = atol
         self.has_aux = has_aux
+        self.autocast = autocast_state(layout.device)
         self.evaluations = 0
         self.compute_dtype: torch.dtype | None = None
         self.aux: Any = None
@@ -59,7 +61,9 @@ class Equation:
 
     def over(self, f: Callable[..., Any], args: tuple[Any, ...], layout: Layout) -> "Equation":
         """The same kind of equation, to the same tolerances, of another function, which has no aux."""
-        return type(self)(f, args, layout, self.norm, self.rtol, self.atol, has_aux=False)
+        other = type(self)(f, args, layout, self.norm, self.rtol, self.atol, has_aux=False)
+        other.autocast = self.autocast
+        return other
 
     def image(self, z: Tensor, output: Tensor) -> Tensor:
         """Where plain iteration goes from `z`, differentiably."""
@@ -78,6 +82,10 @@ class Equation:
         return self.image(z, self._call(z))
 
     def _call(self, z: Tensor) -> Tensor:
+        with self.autocast():
+            return self._call_cast(z)
+
+    def _call_cast(self, z: Tensor) -> Tensor:
         output = self.f(self.layout.unpack(z), *self.args)
         if self.has_aux:
             if not (isinstance(output, tuple) and len(output) == 2):

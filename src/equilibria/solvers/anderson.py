@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from equilibria.options import check_fraction, check_integer
-from equilibria.precision import precise
 from equilibria.problem import Evaluation, Problem
 from equilibria.solvers.buffers import write
 from equilibria.solvers.picard import relaxed
@@ -63,10 +62,6 @@ class Anderson:
         return Memory(None, None, residuals, images, previous.gram.clone(), previous.seen, guard)
 
     def step(self, problem: Problem, evaluation: Evaluation, memory: Memory) -> tuple[Tensor, Memory]:
-        with precise(evaluation.z):
-            return self._step(evaluation, memory)
-
-    def _step(self, evaluation: Evaluation, memory: Memory) -> tuple[Tensor, Memory]:
         residual, image = evaluation.residual, relaxed(evaluation, self.relaxation)
         guard, plain, restart = memory.guard.update(evaluation, patience=2 * self.history)
         residuals, images, gram, seen = memory.residuals, memory.images, memory.gram, memory.seen

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from equilibria.options import check_fraction, check_integer
-from equilibria.precision import precise
 from equilibria.problem import Evaluation, FixedPoint, Problem, Root
 from equilibria.solvers.buffers import write
 from equilibria.solvers.picard import relaxed
@@ -59,10 +58,6 @@ class Broyden:
         return Memory(None, None, None, None, None, None, 0, Safeguard.init(z, budget=24))
 
     def step(self, problem: Problem, evaluation: Evaluation, memory: Memory) -> tuple[Tensor, Memory]:
-        with precise(evaluation.z):
-            return self._step(problem, evaluation, memory)
-
-    def _step(self, problem: Problem, evaluation: Evaluation, memory: Memory) -> tuple[Tensor, Memory]:
         z, residual = evaluation.z, evaluation.residual
         guard, plain, restart = memory.guard.update(evaluation, patience=12)
         if memory.z is None or memory.residual is None or memory.direction is None or memory.scale is None:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from equilibria.linear import dot
 from equilibria.options import check_integer
-from equilibria.precision import precise
 from equilibria.problem import Evaluation, Problem
 
 # A step is accepted when it lowers the objective by this part of what its slope promises (Armijo's condition).
@@ -58,10 +57,6 @@ class LBFGS:
         return None
 
     def step(self, problem: Problem, evaluation: Evaluation, memory: Memory | None) -> tuple[Tensor, Memory]:
-        with precise(evaluation.z):
-            return self._step(evaluation, memory)
-
-    def _step(self, evaluation: Evaluation, memory: Memory | None) -> tuple[Tensor, Memory]:
         z, downhill, value = evaluation.z, evaluation.residual, evaluation.values
         if value is None:
             raise TypeError("LBFGS minimises an objective: use it with eq.argmin; for this take eq.Broyden().")

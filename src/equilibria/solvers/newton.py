@@ -8,7 +8,6 @@ from torch import Tensor
 
 from equilibria.linear import GMRES, LinearSolver
 from equilibria.options import check_fraction, check_integer, check_part
-from equilibria.precision import as_it_is, precise
 from equilibria.problem import Evaluation, Problem
 from equilibria.status import Agree
 
@@ -83,11 +82,9 @@ class Newton:
     def _direction(self, problem: Problem, z: Tensor, residual: Tensor, agree: Agree) -> Tensor:
         jacobian = problem.linearize(z)
         problem.evaluations += 1
-        jacobian.call = as_it_is(jacobian.call, z)  # some products evaluate f again
         level = min(problem.level, 0.05 * self.linear_rtol)  # a direction may be as rough as its products
-        with precise(z):
-            found = self.linear_solver.solve(
-                lambda d: d - jacobian.product(d), residual, self.linear_rtol, level, self.max_products, agree
-            )
+        found = self.linear_solver.solve(
+            lambda d: d - jacobian.product(d), residual, self.linear_rtol, level, self.max_products, agree
+        )
         usable = torch.isfinite(found.x).all(dim=1) & (found.residual < 1)
         return torch.where(usable[:, None], found.x, residual)
