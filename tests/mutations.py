@@ -246,7 +246,7 @@ MUTATIONS = [
         "adjoints/implicit.py",
         "        with torch.no_grad():\n            outcome = solve(problem)\n        z, bad",
         "        outcome = solve(problem)\n        z, bad",
-        "tests/test_company.py -k memory",
+        "tests/test_cost.py -k memory",
     ),
     Mutation(
         "Memory",
@@ -261,7 +261,7 @@ MUTATIONS = [
         "loop.py",
         "first = False",
         "first = problem.evaluate(z) is None",
-        "tests/test_honesty.py -k counted",
+        "tests/test_honesty.py -k callback",
     ),
 ]
 
