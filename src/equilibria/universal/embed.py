@@ -160,8 +160,8 @@ class Stacked(nn.Module):
         constants = pytree.tree_map_only(Tensor, lambda _: None, inputs)
         if constants != self._constants:
             raise ValueError(
-                f"The inputs differ from those that the network was embedded with in more than their tensors: {constants} "
-                f"where {self._constants} was: embed it anew with an example of this form."
+                f"The inputs differ from the example's in more than their tensors, {constants} where {self._constants} "
+                "was: embed the network anew with an example of this form."
             )
         mode = _mode(self.network)
         if mode != self._checked_mode:
@@ -193,7 +193,7 @@ class Stacked(nn.Module):
             try:
                 forms = {size: self._forms(of(size)) for size in (2, 3, 5)}
             except Exception:
-                continue  # sizes that this network does not take: an input that only looks like a batch, or a fixed batch
+                continue  # sizes that this network does not take: one of its inputs only looks like a batch
             if all(
                 shape[:1] == (size,) and shape[1:] == forms[2][name][0][1:]
                 for size, form in forms.items()

@@ -34,8 +34,8 @@ _UNSUPPORTED = (
 def propagate(program: Program, network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Program, dict[str, Any]]:
     """The program, told which steps change values in place, and what each step yields, as tensors without data.
 
-    Raises where a step draws random numbers or changes what others see. An operation that has no form without data, such
-    as a solve inside the network, makes the whole be computed once.
+    Raises where a step draws random numbers or changes what others see. Where an operation has no form without data, as
+    a solve inside the network has none, the whole is computed once.
     """
     with outside(), torch.inference_mode(False), torch.no_grad():
         try:
@@ -85,12 +85,8 @@ class _Call(nn.Module):
 
     def _refuse_seen(self, step: Step, changed: set[str], values: dict[str, Any]) -> None:
         """Raise where what a step changes in place is looked at afterwards under another name, or not ours."""
-        storages = {t.untyped_storage()._cdata for name in changed for t in _tensors(values[name])}
-        same = {
-            name
-            for name, value in values.items()
-            if any(t.untyped_storage()._cdata in storages for t in _tensors(value))
-        }
+        storages = _storages([values[name] for name in changed])
+        same = {name for name, value in values.items() if not storages.isdisjoint(_storages(value))}
         steps = self.program.steps
         given = any(other.name in same and other.kind in ("input", "attribute", "constant") for other in steps)
         later = steps[steps.index(step) + 1 :]
@@ -104,6 +100,10 @@ class _Call(nn.Module):
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _storages(value: Any) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in _tensors(value)}
 
 
 def _place(step: Step, network: nn.Module) -> str:

@@ -75,8 +75,8 @@ def find_stages(program: Program, values: dict[str, Any], network: nn.Module) ->
     fed, made = _dependence(program, values)
     if not any(name in fed and _floating(values[name]) for name in references(program.output)):
         raise ValueError(
-            f"embed cannot take {described(network, '')} since none of its outputs is a floating tensor that depends on "
-            "its inputs: let it return the activations that its answer is read off."
+            f"embed cannot take {described(network, '')} since it returns no floating tensor that depends on its "
+            "inputs: let it return the activations that its answer is read off."
         )
     program = _live(program)
     ends = _ends(program, values, made)
@@ -156,16 +156,16 @@ def _ends(program: Program, values: dict[str, Any], made: set[str]) -> set[str]:
     for step in reversed(program.steps):
         name = step.name
         closes = (_weighty(step) or name in sources) and not parted(step)
-        if name in results or (name in made and (closes or len(owners[name]) > 1)):
-            if _floating(values[name]):
-                ends.add(name)
+        inside = name in made and (closes or len(owners[name]) > 1)
+        if _floating(values[name]) and (name in results or inside):
+            ends.add(name)
         for read in step.reads:
             owners[read] |= {name} if name in ends else owners[name]
     return ends
 
 
 def _sources(program: Program, values: dict[str, Any]) -> dict[str, tuple[Step, str]]:
-    """For what is taken out of the tuple of a module or mixing function: that step, and the items taken, in brackets."""
+    """For what is taken out of the tuple of a module or mixing function: that step, and the items in brackets."""
     sources: dict[str, tuple[Step, str]] = {}
     by_name = {step.name: step for step in program}
     for step in program:

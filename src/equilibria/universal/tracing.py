@@ -52,6 +52,8 @@ def trace(network: nn.Module, inputs: tuple[Any, ...]) -> Program:
             "own under torch.fx.wrap."
         ) from error
     finally:
+        if tracer.drew is None and not torch.equal(generator, torch.get_rng_state()):
+            tracer.drew = ""
         torch.set_rng_state(generator)
         # Tensors made while tracing are left on the network by torch.fx; the program keeps them instead.
         made = {name: vars(network).pop(name) for name in set(vars(network)) - before}
