@@ -524,6 +524,33 @@ def test_a_fused_layer_differentiated_by_one_step_trains_its_last_part_alone():
     assert all(p.grad is None or not p.grad.any() for p in deqs[0].cell.parameters())
 
 
+def test_embedded_networks_and_ordinary_layers_mix():
+    first, second = (
+        nn.Sequential(nn.Linear(a, 6), nn.Tanh(), nn.Linear(6, b)).double() for a, b in ((5, 3), (2, 4))
+    )  # fmt: skip
+    for k, p in enumerate((*first.parameters(), *second.parameters())):
+        p.data.copy_(normal(*p.shape, seed=k) / 2)
+    x = normal(4, 5, seed=0).requires_grad_()
+    deqs = [
+        eq.universal.embed(first, x.detach(), form="affine"),
+        eq.DEQ(Part(3, "dict", 5, seed=1), readout=Read(5, 2, seed=2), **EXACT),
+        eq.universal.embed(second, normal(2, 2, seed=0)),
+    ]
+    fused = fuse(*deqs)
+    assert (fused.solver, fused.rtol) == (eq.Anderson(), 1e-12)
+    want, got = second(deqs[1](first(x))), fused(x)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+    assert {id(p) for p in fused.parameters()} == {id(p) for p in tensors([first, deqs[1], second])}
+    of = [x, *fused.parameters()]
+    wanted, found = (torch.autograd.grad(value.sin().sum(), of) for value in (want, got))
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8)
+    for deq in (deqs[0], fused):
+        torch.testing.assert_close(unfold(deq, 80)(x), deq(x), rtol=1e-9, atol=1e-9)
+        network = unfold(deq, 5)
+        program = torch.export.export(network, (x.detach(),))
+        torch.testing.assert_close(program.module()(x), network(x), rtol=1e-13, atol=1e-14)
+
+
 def test_widths_add_up():
     lengths, n = (3, 5), 4
     fused = fuse(*(embedded(length, n, 1.0, seed=length)[0] for length in lengths))
