@@ -41,11 +41,11 @@ ADJOINTS = {
 
 
 def network(depth: int, scale: float, kind: str, width: int = WIDTH) -> nn.Sequential:
-    """`depth` linear layers, orthogonal matrices times `scale`, with a tanh behind each or without."""
+    """`depth` linear layers, orthogonal matrices times `scale` and biases, with a tanh behind each or without."""
     torch.manual_seed(0)
     modules: list[nn.Module] = []
     for _ in range(depth):
-        linear = nn.Linear(width, width, bias=False, dtype=torch.float64)
+        linear = nn.Linear(width, width, dtype=torch.float64)
         with torch.no_grad():
             linear.weight.copy_(scale * nn.init.orthogonal_(torch.empty(width, width, dtype=torch.float64)))
         modules += [linear, nn.Tanh()] if kind == "tanh" else [linear]

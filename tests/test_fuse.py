@@ -410,6 +410,18 @@ def test_what_holds_still_in_a_solve_holds_still_through_the_steps(kind):
         torch.testing.assert_close(one, other)
 
 
+def test_the_steps_keep_the_dtype_of_the_state():
+    class Half(nn.Module):
+        def forward(self, z, x):
+            return (0.5 * z + x).bfloat16()
+
+    deq = eq.DEQ(Half())
+    x = normal(2, 3, seed=0).float()
+    got = unfold(deq, 20)(x)
+    assert got.dtype == deq(x).dtype == torch.float32
+    torch.testing.assert_close(got, deq(x), rtol=2e-2, atol=1e-2)
+
+
 def test_what_cannot_be_unfolded_is_refused():
     with pytest.raises(TypeError, match="not Linear"):
         unfold(nn.Linear(2, 2), 3)
@@ -468,22 +480,24 @@ def test_fused_networks_are_the_network_to_the_last_digits(lengths, scale):
         torch.testing.assert_close(grad, wished, rtol=1e-10, atol=0)
 
 
+SHIPPED = {
+    "Picard": eq.Picard(),
+    "Anderson": eq.Anderson(),
+    "Anderson(20)": eq.Anderson(history=20),
+    "Broyden": eq.Broyden(),
+    "Broyden(100)": eq.Broyden(history=100),
+    "Newton": eq.Newton(),
+    "Newton(Dense)": eq.Newton(eq.Dense()),
+}
+
+
 @pytest.mark.parametrize("kind", ["tanh", "linear"])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("length", [4, 8, 24])
 def test_every_solver_solves_an_embedded_network_or_says_that_it_did_not(length, scale, kind):
-    solvers = {
-        "Picard": eq.Picard(),
-        "Anderson": eq.Anderson(),
-        "Anderson(20)": eq.Anderson(history=20),
-        "Broyden": eq.Broyden(),
-        "Broyden(100)": eq.Broyden(history=100),
-        "Newton": eq.Newton(),
-        "Newton(Dense)": eq.Newton(eq.Dense()),
-    }
     for seed in range(2):
         f, zeros, truth = chain(length, 3, scale, seed=10 * seed, linear=kind == "linear")
-        for name, solver in solvers.items():
+        for name, solver in SHIPPED.items():
             newton = isinstance(solver, eq.Newton)
             room = (13 if length == 24 else 30) if newton else 400
             sol = eq.fixed_point(f, zeros, solver=solver, rtol=1e-8, max_steps=room, on_failure="ignore")
@@ -497,6 +511,30 @@ def test_every_solver_solves_an_embedded_network_or_says_that_it_did_not(length,
             # A residual is all that was asked for, and it permits what the layers amplify it to; to rounding.
             permitted = left * sum(scale**k for k in range(length)) * f(sol.value).norm(dim=1) / truth.norm(dim=1)
             assert (error <= permitted + 1e-12).all(), (name, error, permitted)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("length", [4, 12])
+def test_the_same_holds_of_networks_with_biases_where_no_activation_waits_at_zero(length, scale):
+    modules = []
+    for k in range(length):
+        linear = nn.Linear(3, 3, dtype=DOUBLE)
+        linear.weight.data = scale * torch.linalg.qr(matrix(3, k, 1.0)).Q
+        linear.bias.data = normal(3, seed=k)
+        modules += [linear, nn.Tanh()]
+    network, x = nn.Sequential(*modules), normal(3, 3, seed=0)
+    layer, truth = eq.universal.embed(network, x), network(x)
+    layer.rtol, layer.atol, layer.on_failure = 1e-8, 0.0, "ignore"
+    for name, solver in SHIPPED.items():
+        newton = isinstance(solver, eq.Newton)
+        layer.solver, layer.max_steps = solver, 20 if newton else 400
+        with torch.no_grad():
+            sol = layer.solve(x)
+        error = (layer.readout(sol.value) - truth).norm(dim=1) / truth.norm(dim=1)
+        assert (error[sol.converged] < 1e-6).all(), (name, error)
+        assert newton or sol.converged.all(), (name, sol.status)
+        wrong = error > 1e-3
+        assert (sol.status[wrong] == eq.Status.MAX_STEPS).all(), name
 
 
 @pytest.mark.parametrize("reach", [1, 2, 5, 8])
