@@ -11,10 +11,12 @@ from equilibria.adjoints import Implicit
 from equilibria.nn import DEQ
 from equilibria.options import check_choice
 from equilibria.solvers import Picard
-from equilibria.universal.program import described, references, substitute
-from equilibria.universal.propagation import propagate, refuse_training_norms
+from equilibria.universal.affine import Affine
+from equilibria.universal.mode import Mode
+from equilibria.universal.program import references, substitute
+from equilibria.universal.propagation import propagate
 from equilibria.universal.stages import Stages, find_stages
-from equilibria.universal.tracing import differing, trace
+from equilibria.universal.tracing import trace
 
 FORMS = ("stacked", "affine")
 
@@ -43,7 +45,8 @@ def embed(network: nn.Module, example_input: Any, form: str = "stacked") -> DEQ:
         network: can be traced by `torch.fx`; modules of `torch.nn` are one stage each.
         example_input: one input, or a tuple of them. Later ones may differ in size as far as the network allows.
             Inputs that hold no tensor, and arguments left to their defaults, stay what they are in the example.
-        form: "stacked"; or "affine", the literal form of the theorem for a chain of linear and elementwise layers.
+        form: "stacked"; or "affine", the theorem's own form for a chain of linear and elementwise layers: the state is
+            one tensor, and the cell has the `W_z`, `W_x` and `b` of z = sigma(W_z z + W_x x + b).
 
     Returns:
         A `DEQ`. Its `cell` has the `network`, the names of its `stages` in order of depth, the `widths` of their
@@ -59,7 +62,7 @@ def embed(network: nn.Module, example_input: Any, form: str = "stacked") -> DEQ:
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be an nn.Module, not {type(network).__name__}.")
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    cell = Stacked(network, inputs)
+    cell = Affine(network, inputs) if form == "affine" else Stacked(network, inputs)
     steps = len(cell.stages) + 2
     return DEQ(
         cell,
@@ -88,10 +91,8 @@ class Stacked(nn.Module):
     def __init__(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
         super().__init__()
         self.network = network
-        refuse_training_norms(network)
         program = trace(network, inputs)
-        self._mode = self._checked_mode = _mode(network)
-        self._modal = _depends_on_mode(network, inputs, program)
+        self._mode = Mode(network, inputs, program)
         self._constants = pytree.tree_map_only(Tensor, lambda _: None, inputs)
         program, values = propagate(program, network, inputs)
         found: Stages = find_stages(program, values, network)
@@ -143,7 +144,7 @@ class Stacked(nn.Module):
         kinds = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else repr(t) for t in leaves]
         own = {(p.dtype, p.device) for p in self.network.parameters()}
         autocast = _autocast(leaves)
-        key = (tuple(kinds), repr(spec), frozenset(own), autocast, self._checked_mode)
+        key = (tuple(kinds), repr(spec), frozenset(own), autocast, self._mode.checked)
         if key not in self._shapes:
             if len(self._shapes) >= 64:
                 self._shapes.clear()
@@ -163,15 +164,7 @@ class Stacked(nn.Module):
                 f"The inputs differ from the example's in more than their tensors, {constants} where {self._constants} "
                 "was: embed the network anew with an example of this form."
             )
-        mode = _mode(self.network)
-        if mode != self._checked_mode:
-            if mode != self._mode and self._modal is not None:
-                raise ValueError(
-                    f"{described(self.network, self._modal)} computes other things in train() than in eval(), and was "
-                    "embedded in the other mode: embed the network anew."
-                )
-            refuse_training_norms(self.network)
-            self._checked_mode = mode
+        self._mode.check(self.network)
 
     @torch.no_grad()
     def _apart(self, inputs: tuple[Any, ...]) -> bool:
@@ -217,14 +210,13 @@ class Stacked(nn.Module):
 
     def _evaluated(self, state: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
         buffers = {name: buffer.detach().clone() for name, buffer in self.named_buffers()}
-        return torch.func.functional_call(self, buffers, (state, *inputs))
+        devices = {value.device for value in state.values() if value.is_cuda}
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)  # masks that stay the same through a solve
+            return torch.func.functional_call(self, buffers, (state, *inputs))
 
     def extra_repr(self) -> str:
         return f"{len(self.stages)} stages, depth {self.depth}"
-
-
-def _mode(network: nn.Module) -> tuple[bool, ...]:
-    return tuple(part.training for part in network.modules())
 
 
 def _autocast(leaves: list[Any]) -> torch.dtype | None:
@@ -232,18 +224,3 @@ def _autocast(leaves: list[Any]) -> torch.dtype | None:
     if not kinds or not torch.amp.is_autocast_available(kinds[0]) or not torch.is_autocast_enabled(kinds[0]):
         return None
     return torch.get_autocast_dtype(kinds[0])
-
-
-def _depends_on_mode(network: nn.Module, inputs: tuple[Any, ...], program: Any) -> str | None:
-    """The module whose operations, not those of its layers, are others in train() than in eval(); None for none."""
-    parts = list(network.modules())
-    modes = [part.training for part in parts]
-    try:
-        for part in parts:
-            part.training = not part.training
-        return differing(program, trace(network, inputs))
-    except ValueError:
-        return ""
-    finally:
-        for part, training in zip(parts, modes, strict=True):
-            part.training = training

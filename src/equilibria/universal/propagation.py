@@ -124,7 +124,7 @@ def _refuse_batch_statistics(step: Step, network: nn.Module) -> None:
             )
 
 
-def refuse_training_norms(network: nn.Module) -> None:
+def refuse_batch_norms(network: nn.Module) -> None:
     """Raise where a part normalises over the batch, which no sample on its own can do."""
     for path, part in network.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None):
