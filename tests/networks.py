@@ -253,6 +253,6 @@ NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Inputs]]] = {
     ),
     "one layer again and again": lambda depth: (Thrice(max(3, depth // 2)), _vectors),
     "tied weights": tied,
-    "GRU and LSTM": lambda depth: (Recurrent(depth - 1), _sequences),
+    "GRU and LSTM": lambda depth: (Recurrent(max(1, depth // 2)), _sequences),
     "weight and spectral norm": normed,
 }

