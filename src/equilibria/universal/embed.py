@@ -1,6 +1,8 @@
 """A network as the equilibrium of one function of all its activations."""
 
 import math
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,10 +13,12 @@ from equilibria.adjoints import Implicit
 from equilibria.nn import DEQ
 from equilibria.options import check_choice
 from equilibria.solvers import Picard
-from equilibria.universal.program import described, references, substitute
-from equilibria.universal.propagation import propagate, refuse_training_norms
+from equilibria.universal.affine import Affine
+from equilibria.universal.mode import Mode
+from equilibria.universal.program import references, substitute
+from equilibria.universal.propagation import propagate
 from equilibria.universal.stages import Stages, find_stages
-from equilibria.universal.tracing import differing, trace
+from equilibria.universal.tracing import trace
 
 FORMS = ("stacked", "affine")
 
@@ -43,7 +47,8 @@ def embed(network: nn.Module, example_input: Any, form: str = "stacked") -> DEQ:
         network: can be traced by `torch.fx`; modules of `torch.nn` are one stage each.
         example_input: one input, or a tuple of them. Later ones may differ in size as far as the network allows.
             Inputs that hold no tensor, and arguments left to their defaults, stay what they are in the example.
-        form: "stacked"; or "affine", the literal form of the theorem for a chain of linear and elementwise layers.
+        form: "stacked"; or "affine", the theorem's own form for a chain of linear and elementwise layers: the state is
+            one tensor, and the cell has the `W_z`, `W_x` and `b` of z = sigma(W_z z + W_x x + b).
 
     Returns:
         A `DEQ`. Its `cell` has the `network`, the names of its `stages` in order of depth, the `widths` of their
@@ -59,7 +64,7 @@ def embed(network: nn.Module, example_input: Any, form: str = "stacked") -> DEQ:
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be an nn.Module, not {type(network).__name__}.")
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    cell = Stacked(network, inputs)
+    cell = Affine(network, inputs) if form == "affine" else Stacked(network, inputs)
     steps = len(cell.stages) + 2
     return DEQ(
         cell,
@@ -88,10 +93,8 @@ class Stacked(nn.Module):
     def __init__(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
         super().__init__()
         self.network = network
-        refuse_training_norms(network)
         program = trace(network, inputs)
-        self._mode = self._checked_mode = _mode(network)
-        self._modal = _depends_on_mode(network, inputs, program)
+        self._mode = Mode(network, inputs, program)
         self._constants = pytree.tree_map_only(Tensor, lambda _: None, inputs)
         program, values = propagate(program, network, inputs)
         found: Stages = find_stages(program, values, network)
@@ -113,8 +116,9 @@ class Stacked(nn.Module):
         def read(name: str) -> Any:
             return state[self._names[name]] if name in self._names else values[name]
 
-        for step in self._program:
-            values[step.name] = step.run(self.network, inputs, read)
+        with _uncached(inputs):
+            for step in self._program:
+                values[step.name] = step.run(self.network, inputs, read)
         return {stage: values[name] for name, stage in self._names.items()}
 
     def initial_state(self, *inputs: Any) -> dict[str, Tensor]:
@@ -143,7 +147,7 @@ class Stacked(nn.Module):
         kinds = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else repr(t) for t in leaves]
         own = {(p.dtype, p.device) for p in self.network.parameters()}
         autocast = _autocast(leaves)
-        key = (tuple(kinds), repr(spec), frozenset(own), autocast, self._checked_mode)
+        key = (tuple(kinds), repr(spec), frozenset(own), autocast, self._mode.checked)
         if key not in self._shapes:
             if len(self._shapes) >= 64:
                 self._shapes.clear()
@@ -163,15 +167,7 @@ class Stacked(nn.Module):
                 f"The inputs differ from the example's in more than their tensors, {constants} where {self._constants} "
                 "was: embed the network anew with an example of this form."
             )
-        mode = _mode(self.network)
-        if mode != self._checked_mode:
-            if mode != self._mode and self._modal is not None:
-                raise ValueError(
-                    f"{described(self.network, self._modal)} computes other things in train() than in eval(), and was "
-                    "embedded in the other mode: embed the network anew."
-                )
-            refuse_training_norms(self.network)
-            self._checked_mode = mode
+        self._mode.check(self.network)
 
     @torch.no_grad()
     def _apart(self, inputs: tuple[Any, ...]) -> bool:
@@ -203,28 +199,39 @@ class Stacked(nn.Module):
         return False
 
     def _alone(self, inputs: tuple[Any, ...]) -> bool:
-        """Whether NaN in the first of two samples stays there in one evaluation at a state without structure."""
+        """Whether one of two samples yields the same bits whatever the state of the other is."""
         generator = torch.Generator().manual_seed(0)
-        state = {
-            stage: torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
-            for stage, (shape, dtype, device) in self._forms(inputs).items()
-        }
-        marked = {stage: value.clone() for stage, value in state.items()}
-        for value in marked.values():
-            value[0] = torch.nan
-        plain, other = (self._evaluated(start, inputs) for start in (state, marked))
-        return all(torch.equal(plain[name][1].nan_to_num(), other[name][1].nan_to_num()) for name in plain)
+
+        def drawn(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+            return torch.rand(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+        state = {stage: drawn(*form) for stage, form in self._forms(inputs).items()}
+        other = {stage: torch.cat((drawn(t[:1].shape, t.dtype, t.device), t[1:])) for stage, t in state.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a solve inside the network, which knows nothing of such a state
+            plain, moved = (self._evaluated(start, inputs) for start in (state, other))
+        return all(torch.equal(plain[name][1].nan_to_num(), moved[name][1].nan_to_num()) for name in plain)
 
     def _evaluated(self, state: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
         buffers = {name: buffer.detach().clone() for name, buffer in self.named_buffers()}
-        return torch.func.functional_call(self, buffers, (state, *inputs))
+        devices = {value.device for value in state.values() if value.is_cuda}
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)  # masks that stay the same through a solve
+            return torch.func.functional_call(self, buffers, (state, *inputs))
 
     def extra_repr(self) -> str:
         return f"{len(self.stages)} stages, depth {self.depth}"
 
 
-def _mode(network: nn.Module) -> tuple[bool, ...]:
-    return tuple(part.training for part in network.modules())
+def _uncached(inputs: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    # What torch's fused encoder layers cast without grad, autocast's cache would hand out with grad: the gradient of
+    # those weights would be lost in silence.
+    leaves = pytree.tree_leaves(inputs)
+    dtype = None if torch.is_grad_enabled() else _autocast(leaves)
+    if dtype is None:
+        return nullcontext()
+    kind = next(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))
+    return torch.autocast(kind, dtype=dtype, cache_enabled=False)
 
 
 def _autocast(leaves: list[Any]) -> torch.dtype | None:
@@ -232,18 +239,3 @@ def _autocast(leaves: list[Any]) -> torch.dtype | None:
     if not kinds or not torch.amp.is_autocast_available(kinds[0]) or not torch.is_autocast_enabled(kinds[0]):
         return None
     return torch.get_autocast_dtype(kinds[0])
-
-
-def _depends_on_mode(network: nn.Module, inputs: tuple[Any, ...], program: Any) -> str | None:
-    """The module whose operations, not those of its layers, are others in train() than in eval(); None for none."""
-    parts = list(network.modules())
-    modes = [part.training for part in parts]
-    try:
-        for part in parts:
-            part.training = not part.training
-        return differing(program, trace(network, inputs))
-    except ValueError:
-        return ""
-    finally:
-        for part, training in zip(parts, modes, strict=True):
-            part.training = training

@@ -137,4 +137,4 @@ def references(tree: Any) -> Iterator[str]:
 def described(network: nn.Module, path: str) -> str:
     """A module in the words of an error."""
     kind = type(network.get_submodule(path)).__name__
-    return f"{kind} '{path}'" if path else f"the network itself, {kind},"
+    return f"{kind} '{path}'" if path else f"the network itself ({kind})"

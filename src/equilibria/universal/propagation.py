@@ -1,6 +1,7 @@
 """What every operation of a network yields, found out without computing it."""
 
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,12 +38,23 @@ def propagate(program: Program, network: nn.Module, inputs: tuple[Any, ...]) -> 
     Raises where a step draws random numbers or changes what others see. Where an operation has no form without data, as
     a solve inside the network has none, the whole is computed once.
     """
-    with outside(), torch.inference_mode(False), torch.no_grad():
+    with outside(), torch.inference_mode(False), torch.no_grad(), _quiet():
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 return _run(program, network, pytree.tree_map_only(Tensor, _empty, inputs), _empty)
         except _UNSUPPORTED:
             return _run(program, network, pytree.tree_map_only(Tensor, torch.clone, inputs), torch.clone)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch from logging what is raised anyway, and handled where sizes are tried."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    kept, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = kept
 
 
 def _empty(tensor: Tensor) -> Tensor:
@@ -124,7 +136,7 @@ def _refuse_batch_statistics(step: Step, network: nn.Module) -> None:
             )
 
 
-def refuse_training_norms(network: nn.Module) -> None:
+def refuse_batch_norms(network: nn.Module) -> None:
     """Raise where a part normalises over the batch, which no sample on its own can do."""
     for path, part in network.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None):

@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,6 +91,13 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return super().is_leaf_module(m, module_qualified_name) or type(m).__module__.startswith("equilibria.nn")
 
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        node = obj.node
+        if node.target in ("chunk", torch.chunk) and len(node.args) > 1 and isinstance(node.args[1], int):
+            items: Any = obj
+            return iter([items[k] for k in range(node.args[1])])
+        return super().iter(obj)
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -147,11 +154,14 @@ def _program(graph: fx.Graph, names: dict[str, int], made: dict[str, Tensor]) ->
         "call_function": "function",
         "call_method": "method",
     }
-    steps = []
+    steps, dropped = [], set()
     for node in graph.nodes:
-        if node.op == "output" or (node not in live and node.op in ("placeholder", "get_attr")):
+        # torch.fx asserts that the arguments without tensors are those of the example; the cell looks at them itself.
+        aside = node.op in ("placeholder", "output") or node.target is torch._assert
+        if node not in live and (aside or not dropped.isdisjoint(node.all_input_nodes)):
+            dropped.add(node)
             continue
-        if node not in live and getattr(node.target, "__name__", "") in ("_assert", "_assert_is_none"):
+        if node.op == "output":
             continue
         kind, target = kinds[node.op], node.target
         if kind == "input":
