@@ -33,8 +33,9 @@ import equilibria as eq
 from equilibria.universal import fuse
 
 RATES = (0.003, 0.01, 0.03)
-TUNING_SEEDS = (100, 101)
+TUNING_SEEDS = (100,)
 SOLVER = eq.Picard()
+MAX_STEPS = 50
 DEPTH = 12
 TEST_BATCH = 512
 DEQS = ("one", "two", "wide")
@@ -90,8 +91,8 @@ def addition(seed: int, length: int = 16, propagating: float = 0.75) -> tuple[Ca
 
 
 TASKS = (
-    Task("digits", 1, 10, (1, 1), True, 12, 200, digits),
-    Task("addition", 2, 2, (0, 1), False, 12, 120, addition),
+    Task("digits", 1, 10, (1, 1), True, 12, 120, digits),
+    Task("addition", 2, 2, (0, 1), False, 13, 120, addition),
 )
 
 
@@ -167,7 +168,7 @@ class Model(nn.Module):
         )
 
 
-def make(task: Task, arm: str, width: int, seed: int, rtol: float = 1e-3, max_steps: int = 50) -> Model:
+def make(task: Task, arm: str, width: int, seed: int, rtol: float = 1e-3, max_steps: int = MAX_STEPS) -> Model:
     torch.manual_seed(seed)
 
     def deq(inputs: int) -> eq.DEQ:
@@ -309,13 +310,14 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
                 same = [row for row in rows if (row["task"], row["seed"], row["steps"]) == key]
                 return [row for row in same if (row["arm"], row["rate"]) in wanted]
 
-            if len(there()) < len(wanted):
-                new = race(task, wanted, seed, steps[task.name], bar)
+            had = {(row["arm"], row["rate"]) for row in there()}
+            missing = [entry for entry in wanted if entry not in had]
+            bar.update(steps[task.name] * len(had))
+            if missing:
+                new = race(task, missing, seed, steps[task.name], bar)
                 with path.open("a") as file:
                     file.writelines(json.dumps(row) + "\n" for row in new)
                 rows.extend(new)
-            else:
-                bar.update(steps[task.name] * len(wanted))
             return there()
 
         used: list[dict[str, Any]] = []
@@ -390,7 +392,8 @@ def tell(rows: list[dict[str, Any]]) -> None:
         for arm in DEQS:
             share = statistics.fmean(row["capped"] for row in of[arm])
             if share > 0.05:
-                print(f"\n{share:.0%} of the solves of `{arm}` hit the cap: what was trained is a 49-step network.")
+                # The last evaluation measures the residual of what is returned.
+                print(f"\n{share:.0%} of the solves of `{arm}` hit the cap: it is a network of {MAX_STEPS - 1} steps.")
 
 
 def costs(arm: str, rows: list[dict[str, Any]]) -> list[str]:
