@@ -145,6 +145,22 @@ def test_buffers_that_nothing_moves_are_the_same_tensors_and_shared_ones_stay_sh
     torch.testing.assert_close(cell.parts[0].running_mean, twin.parts[0].running_mean, rtol=1e-5, atol=1e-6)
 
 
+def test_statistics_move_once_also_where_the_start_leaves_them_as_they_are():
+    # A mean of zeros is zero: at the start of the solve, and nowhere else.
+    class OfState(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6, affine=False)
+
+        def forward(self, z, x):
+            return torch.tanh(0.3 * self.norm(z) + x)
+
+    cell, x = OfState().double(), inputs()
+    z = eq.DEQ(cell, rtol=1e-12, max_steps=200)(x)
+    assert cell.norm.num_batches_tracked == 1
+    torch.testing.assert_close(cell.norm.running_mean, 0.1 * z.mean(dim=0), rtol=1e-9, atol=0)
+
+
 def test_a_layer_inside_a_cell_moves_its_statistics_once_too():
     class Outer(nn.Module):
         def __init__(self) -> None:

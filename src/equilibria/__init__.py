@@ -1,6 +1,6 @@
 """Implicit layers and Deep Equilibrium Models for PyTorch."""
 
-from equilibria import diagnostics, nn, testing
+from equilibria import diagnostics, nn, testing, universal
 from equilibria.adjoints import Adjoint, Implicit, Neumann, OneStep, Phantom, Unrolled
 from equilibria.argmin import argmin
 from equilibria.fixed_point import fixed_point
@@ -52,4 +52,5 @@ __all__ = [
     "rms_norm",
     "root",
     "testing",
+    "universal",
 ]

@@ -51,8 +51,10 @@ class _Steady:
             _current.reset(token)
             if self._first:
                 # What stays as it is, such as a mask, need not be copied again. Versions do not tell: BatchNorm's
-                # statistics move without one.
-                moved = [not torch.equal(new, old) for (*_, new), (*_, old) in zip(self._end, self._start, strict=True)]
+                # statistics move without one; nor does each value: a mean of zero stays zero at a start of zeros.
+                pairs = zip(self._end, self._start, strict=True)
+                moving = {id(part) for (part, _, new), (*_, old) in pairs if not torch.equal(new, old)}
+                moved = [id(part) in moving for part, *_ in self._start]
                 self._start, self._end = (list(compress(places, moved)) for places in (self._start, self._end))
                 self._first = False
 

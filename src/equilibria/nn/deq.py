@@ -169,16 +169,7 @@ class DEQ(nn.Module):
         return call, (tensors, inputs, keywords)
 
     def _start(self, inputs: tuple[Any, ...]) -> Any:
-        initial_state = getattr(self.cell, "initial_state", None)
-        if initial_state is not None:
-            return initial_state(*inputs)
-        leaves = pytree.tree_leaves(inputs[0]) if inputs else []
-        if not leaves or not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
-            raise TypeError(
-                "The start cannot be read off the first input, which is no floating tensor: give the cell a method "
-                "initial_state(*inputs), or call the layer with z0=..."
-            )
-        return pytree.tree_map(_zeros_like, inputs[0])
+        return start(self.cell, inputs)
 
     def _refuse_what_cannot_work(self) -> None:
         if not isinstance(self.cell, nn.Module):
@@ -206,6 +197,20 @@ class DEQ(nn.Module):
             f"max_steps={self.max_steps}, eval_max_steps={self.eval_max_steps}, norm={norm}, "
             f"on_failure={self.on_failure!r}, batch_dims={self.batch_dims}, readout={readout}"
         )
+
+
+def start(cell: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    """Where a solve starts: at the cell's `initial_state`, or at zeros like the first input."""
+    initial_state = getattr(cell, "initial_state", None)
+    if initial_state is not None:
+        return initial_state(*inputs)
+    leaves = pytree.tree_leaves(inputs[0]) if inputs else []
+    if not leaves or not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
+        raise TypeError(
+            "The start cannot be read off the first input, which is no floating tensor: give the cell a method "
+            "initial_state(*inputs), or call the layer with z0=..."
+        )
+    return pytree.tree_map(_zeros_like, inputs[0])
 
 
 def _zeros_like(leaf: Tensor) -> Tensor:
