@@ -529,3 +529,15 @@ def test_what_is_no_chain_of_linear_and_elementwise_layers_is_refused_by_name(pa
     network = nn.Sequential(nn.Linear(3, 3), part).to(torch.float64)
     with pytest.raises(ValueError, match=words):
         eq.universal.embed(network, torch.randn(2, 3), form="affine")
+
+
+def test_tracing_leaves_no_constant_on_the_network_and_no_mark_on_the_generator():
+    network = Written(lambda layers, x, _: layers[0](x) * torch.tensor([1.0, 2.0, 3.0]))
+    names = set(vars(network))
+    layer = eq.universal.embed(network, torch.randn(2, 3))
+    assert set(vars(network)) == names
+    assert max(errors(network, layer, (torch.randn(4, 3),))) <= 1e-10
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="draws random"):
+        eq.universal.embed(Written(lambda layers, x, _: layers[0](x) + torch.randn(3)), torch.ones(2, 3))
+    assert torch.equal(torch.get_rng_state(), state)
