@@ -1,4 +1,4 @@
-"""The command line: onelayer train | generate | evaluate."""
+"""The command line: onelayer train | generate | evaluate | prove."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from onelayer.evaluation import Measurement, measure
 from onelayer.generation import decode, generate
 from onelayer.models.transformer import Depth
 from onelayer.presets import PRESETS, Device, Precision, changed, preset
+from onelayer.proofs import NETWORKS, STACKS, prove
 from onelayer.training import train
 
 # Options of `train` that set the value of that name in the configuration: name, type, help.
@@ -55,14 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; `None` for those of the process.
 
     Returns:
-        The exit code: 0, or 2 for what the user can mend, or 130 for an interrupt.
+        The exit code: 0, or 1 for a claim that did not hold, or 2 for what the user can mend, or 130 for an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         options = _parser().parse_args(arguments)
         options.command = shlex.join(["onelayer", *arguments])
-        options.act(options)
+        code = options.act(options)
         sys.stdout.flush()
+        return code or 0
     except UsageError as error:
         print(f"onelayer: {error}", file=sys.stderr)
         return 2
@@ -103,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN", help="a run folder")
     command.add_argument("--data", metavar="PATH", help="a file or folder of text; that of the run by default")
     command.add_argument("--max-steps", type=int, metavar="N", help="evaluations of the block allowed to a solve")
+
+    command = commands.add_parser("prove", help="show that one layer is all you need, and what that does not say")
+    command.set_defaults(act=_prove)
+    command.add_argument("--out", metavar="FOLDER", help="where to write; runs/<date>-prove by default")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of weights and inputs; 0 by default")
     return parser
 
 
@@ -147,6 +154,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     inputs, targets = corpora.validation_windows(corpus.validation, config.model.context, windows)
     print(corpus.describe())
     _print_measurement(measure(model, config, inputs, targets, options.max_steps))
+
+
+def _prove(options: argparse.Namespace) -> int:
+    folder = Path("runs", f"{datetime.now():%Y-%m-%d-%H%M%S}-prove") if options.out is None else Path(options.out)
+    record = prove(folder, options.seed, NETWORKS, STACKS, options.command)
+    print(f"page: {folder / 'proof.html'}")
+    return 0 if record.holds else 1
 
 
 def _print_measurement(found: Measurement) -> None:

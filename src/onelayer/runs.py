@@ -32,15 +32,7 @@ def create(run: Path, config: RunConfig, corpus: Corpus, command: str) -> None:
     Raises:
         UsageError: there is something at that path already.
     """
-    try:
-        run.mkdir(parents=True)
-    except FileExistsError:
-        if not run.is_dir() or any(run.iterdir()):
-            raise UsageError(
-                f"{run} exists already and is left as it is: go on with it by --resume {run}, or name another folder."
-            ) from None
-    except OSError as error:
-        raise UsageError(f"The run folder {run} cannot be made ({error.strerror}): name another one.") from None
+    new_folder(run, f"go on with it by --resume {run}, or name another folder")
     data = {
         "path": config.data,
         "name": corpus.name,
@@ -49,6 +41,27 @@ def create(run: Path, config: RunConfig, corpus: Corpus, command: str) -> None:
         "fingerprint": corpus.fingerprint,
     }
     write_json(run / "config.json", to_dict(config) | {"command": command, "data": data})
+
+
+def new_folder(path: Path, remedy: str) -> None:
+    """Makes a folder for what is going to be written; an empty one will do.
+
+    >>> new_folder(Path("proof"), "name another folder")
+
+    Args:
+        path: of the folder.
+        remedy: what to do where there is something already, the end of a sentence.
+
+    Raises:
+        UsageError: there is something at that path already, or it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        if not path.is_dir() or any(path.iterdir()):
+            raise UsageError(f"{path} exists already and is left as it is: {remedy}.") from None
+    except OSError as error:
+        raise UsageError(f"The folder {path} cannot be made ({error.strerror}): name another one.") from None
 
 
 def read_config(run: Path) -> tuple[RunConfig, str]:

@@ -1,29 +1,30 @@
-"""The plots of a report, as SVG that takes its colours and fonts from the page around it.
-
-This is the one module of the application that imports matplotlib.
-"""
+"""The plots of a report."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Sequence
 from itertools import accumulate
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from onelayer.report.drawing import (
+    FIRST,
+    INK,
+    MUTED,
+    NARROW,
+    SECOND,
+    THIRD,
+    WIDE,
+    canvas,
+    legend_above,
+    logarithmic,
+    positive,
+    svg,
+)
 from onelayer.report.record import Record, by_allowed_evaluations, series
 
-# Stand-ins that the page's own colours replace, so that one drawing serves light and dark pages.
-INK, MUTED, GRID = "#010203", "#020304", "#030405"
-FIRST, SECOND, THIRD = "#040506", "#050607", "#060708"
-_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", FIRST: "first", SECOND: "second", THIRD: "third"}
-
-_WIDE, _NARROW = (9.6, 4.0), (4.7, 3.2)  # inches
 _POINTS = 1200  # more than a curve shows at this size
 
 
@@ -57,7 +58,7 @@ def _loss(record: Record) -> str | None:
     validation_steps, validation_bits = series(record.validation, "bits_per_byte")
     if not bits and not validation_bits:
         return None
-    figure, axes = _figure(_WIDE)
+    figure, axes = canvas(WIDE)
     if bits:
         axes.plot(*_thin(steps, bits), color=FIRST, alpha=0.25, linewidth=0.8)
         axes.plot(*_thin(steps, _smooth(bits)), color=FIRST, linewidth=1.8, label="training, running mean")
@@ -71,31 +72,31 @@ def _loss(record: Record) -> str | None:
     axes.set_ylim(low - margin, high + margin)
     _name_lines(axes, bars)
     axes.set(xlabel="training step", ylabel="bits per byte")
-    _legend_above(axes)
-    return _svg(figure, "loss")
+    legend_above(axes)
+    return svg(figure, "loss")
 
 
 def _residual(record: Record) -> str | None:
     """Relative residual of the forward and backward solves against the training step."""
-    figure, axes = _figure(_NARROW)
+    figure, axes = canvas(NARROW)
     shown: list[float] = []
     for key, color, name in (("residual", FIRST, "forward"), ("backward_residual", THIRD, "backward")):
-        steps, values = _positive(*series(record.train, key))
+        steps, values = positive(*series(record.train, key))
         if values:
             logs = _smooth([math.log(value) for value in values])
             axes.plot(*_thin(steps, values), color=color, alpha=0.2, linewidth=0.7)
             axes.plot(*_thin(steps, [math.exp(value) for value in logs]), color=color, linewidth=1.6, label=name)
         shown += values
-    steps, values = _positive(*series(record.validation, "residual"))
+    steps, values = positive(*series(record.validation, "residual"))
     if values:
         axes.plot(steps, values, "o", color=SECOND, markersize=3.5, label="validation")
     shown += values
     if not shown:
         return None
-    _logarithmic(axes, shown + _tolerance(axes, record))
+    logarithmic(axes, shown + _tolerance(axes, record))
     axes.set(xlabel="training step", ylabel="relative residual")
-    _legend_above(axes)
-    return _svg(figure, "residual")
+    legend_above(axes)
+    return svg(figure, "residual")
 
 
 def _tolerance(axes: Axes, record: Record) -> list[float]:
@@ -109,7 +110,7 @@ def _tolerance(axes: Axes, record: Record) -> list[float]:
 
 def _evaluations_in_training(record: Record) -> str | None:
     """Mean evaluations of the block in the forward and backward solves against the training step."""
-    figure, axes = _figure(_NARROW)
+    figure, axes = canvas(NARROW)
     drawn = False
     for key, color, name in (("evaluations_forward", FIRST, "forward"), ("evaluations_backward", THIRD, "backward")):
         steps, values = series(record.train, key)
@@ -121,8 +122,8 @@ def _evaluations_in_training(record: Record) -> str | None:
         return None
     axes.set_ylim(bottom=0)
     axes.set(xlabel="training step", ylabel="evaluations in a solve")
-    _legend_above(axes)
-    return _svg(figure, "evaluations")
+    legend_above(axes)
+    return svg(figure, "evaluations")
 
 
 def _histogram(record: Record) -> str | None:
@@ -130,7 +131,7 @@ def _histogram(record: Record) -> str | None:
     solves = record.histogram()
     if not solves:
         return None
-    figure, axes = _figure(_NARROW)
+    figure, axes = canvas(NARROW)
     total = sum(solves.values())
     axes.bar(list(solves), [100 * count / total for count in solves.values()], width=0.85, color=FIRST)
     mean = record.number("evaluations", "mean")
@@ -142,8 +143,8 @@ def _histogram(record: Record) -> str | None:
         axes.axvline(cap, color=MUTED, linewidth=1, linestyle=":", label=f"cap {cap:.0f}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="evaluations in a solve", ylabel="% of the solves")
-    _legend_above(axes)
-    return _svg(figure, "histogram")
+    legend_above(axes)
+    return svg(figure, "histogram")
 
 
 def _allowed_evaluations(record: Record) -> str | None:
@@ -151,29 +152,29 @@ def _allowed_evaluations(record: Record) -> str | None:
     steps, bits = by_allowed_evaluations(record, "bits_per_byte")
     if not bits:
         return None
-    figure, axes = _figure(_NARROW)
+    figure, axes = canvas(NARROW)
     axes.plot(steps, bits, "o-", color=FIRST, markersize=4, linewidth=1.6, label="cut off there")
     converged = record.number("bits_per_byte")
     if converged is not None:
         axes.axhline(converged, color=SECOND, linewidth=1.4, linestyle="--", label=f"converged: {converged:.2f}")
     _doubling(axes, steps)
     axes.set(xlabel="evaluations allowed", ylabel="bits per byte")
-    _legend_above(axes)
-    return _svg(figure, "allowed")
+    legend_above(axes)
+    return svg(figure, "allowed")
 
 
 def _convergence(record: Record) -> str | None:
     """Relative residual on validation when a solve is allowed so many evaluations and no more."""
-    steps, residuals = _positive(*by_allowed_evaluations(record, "residual"))
+    steps, residuals = positive(*by_allowed_evaluations(record, "residual"))
     if not residuals:
         return None
-    figure, axes = _figure(_NARROW)
+    figure, axes = canvas(NARROW)
     axes.plot(steps, residuals, "o-", color=FIRST, markersize=4, linewidth=1.6, label="cut off there")
     _doubling(axes, steps)
-    _logarithmic(axes, residuals + _tolerance(axes, record))
+    logarithmic(axes, residuals + _tolerance(axes, record))
     axes.set(xlabel="evaluations allowed", ylabel="relative residual")
-    _legend_above(axes)
-    return _svg(figure, "convergence")
+    legend_above(axes)
+    return svg(figure, "convergence")
 
 
 def _memory(record: Record) -> str | None:
@@ -181,49 +182,18 @@ def _memory(record: Record) -> str | None:
     steps, peaks = series(record.train, "peak_memory_bytes")
     if not any(peaks):
         return None
-    figure, axes = _figure(_NARROW)
+    figure, axes = canvas(NARROW)
     axes.plot(*_thin(steps, [peak / 2**20 for peak in peaks]), color=FIRST, linewidth=1.6)
     axes.set_ylim(0, 1.25 * max(peaks) / 2**20)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set(xlabel="training step", ylabel="peak memory, MiB")
-    return _svg(figure, "memory")
-
-
-def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(MUTED)
-    axes.tick_params(colors=MUTED, labelsize=8.5, length=3)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=INK, fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    return figure, axes
+    return svg(figure, "memory")
 
 
 def _doubling(axes: Axes, steps: list[float]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(steps, [f"{step:.0f}" for step in steps])
     axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _logarithmic(axes: Axes, values: list[float]) -> None:
-    low, high = min(values), max(values)
-    axes.set_yscale("log")
-    axes.set_ylim(low / 1.4, high * 1.4)
-    # Over a short range the powers of ten alone leave an axis with one number or none.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=9))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _legend_above(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1), ncols=4, handlelength=1.2, columnspacing=0.9, handletextpad=0.5
-        )
 
 
 def _name_lines(axes: Axes, lines: dict[str, float]) -> None:
@@ -247,12 +217,6 @@ def _name_lines(axes: Axes, lines: dict[str, float]) -> None:
         )
 
 
-def _positive(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    """What a logarithmic axis can show; a residual of exactly 0 is a solve that had nothing to do."""
-    points = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
-    return [step for step, _ in points], [value for _, value in points]
-
-
 def _smooth(values: Sequence[float]) -> list[float]:
     """Running mean over about a fortieth of the values, centred so that it does not lag behind a steep start."""
     half = len(values) // 80
@@ -269,25 +233,3 @@ def _thin(steps: list[float], values: list[float]) -> tuple[list[float], list[fl
     starts = range(0, len(values), size)
     pieces = [(steps[i : i + size], values[i : i + size]) for i in starts]
     return [sum(s) / len(s) for s, _ in pieces], [sum(v) / len(v) for _, v in pieces]
-
-
-def _svg(figure: Figure, name: str) -> str:
-    for axes in figure.axes:
-        legend = axes.get_legend()
-        if legend is not None:
-            legend.set_frame_on(False)
-            for text in legend.get_texts():
-                text.set(color=INK, fontsize=8.5)
-    drawing = io.StringIO()
-    # Text stays text, and the salt makes ids unlike those of the page's other drawings, and the same every time.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None})
-    svg = drawing.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'^<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg)
-    svg = re.sub(r'^<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg)
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, f"var(--{variable})")
-    # Ids are unique within one drawing only, and the page holds several.
-    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from onelayer.report.html import Tile
 from onelayer.report.record import CAP_LIMIT, Record, by_allowed_evaluations
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One number of the page: its name, the number with its unit, and a few words below it."""
-
-    name: str
-    value: str
-    more: str = ""
 
 
 @dataclass(frozen=True)

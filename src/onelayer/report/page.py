@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from html import escape
-from importlib import resources
 from pathlib import Path
 
-from onelayer.report import numbers
+from onelayer.report import html, numbers
 from onelayer.report.record import Record, read
 
 try:
     from onelayer.report.figures import draw
 except ModuleNotFoundError as error:
-    if error.name != "matplotlib":
+    if (error.name or "").partition(".")[0] != "matplotlib":
         raise
 
     def draw(record: Record) -> dict[str, str] | None:
@@ -85,33 +83,23 @@ def write_report(run: Path) -> Path:
     Raises:
         UsageError: the folder is not that of a run.
     """
-    page = _page(read(Path(run)))
     report = Path(run) / "report.html"
-    unfinished = Path(run) / "report.html.partial"
-    unfinished.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(unfinished, report)  # whoever reads it meanwhile sees the old page or the new one, never half of one
+    html.write(_page(read(Path(run))), report)
     return report
 
 
 def _page(record: Record) -> str:
-    style = (resources.files("onelayer.report") / "page.css").read_text(encoding="utf-8")
     parts = [
         _header(record),
         *(f'<p class="note">{escape(note)}</p>' for note in record.notes),
         _verdict(record),
-        _tiles(record),
+        html.tiles(numbers.tiles(record)),
         _checks(record),
         _figures(record),
         _sample(record),
         _configuration(record),
     ]
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(record.name)} · onelayer</title>\n<style>\n{style}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return html.document(record.name, parts)
 
 
 def _header(record: Record) -> str:
@@ -140,16 +128,6 @@ def _verdict(record: Record) -> str:
     return f'<p class="verdict{"" if good else " bad"}">{escape(sentence)}</p>'
 
 
-def _tiles(record: Record) -> str:
-    tiles = [
-        f'<div class="tile"><div class="name">{escape(tile.name)}</div>'
-        f'<div class="value">{escape(tile.value)}</div>'
-        f'<div class="more">{escape(tile.more)}</div></div>'
-        for tile in numbers.tiles(record)
-    ]
-    return '<section class="tiles">\n' + "\n".join(tiles) + "\n</section>" if tiles else ""
-
-
 def _checks(record: Record) -> str:
     rows = [
         f"<tr><td>{escape(check.asked)}</td><td>{escape(check.measured)}</td>"
@@ -167,13 +145,8 @@ def _figures(record: Record) -> str:
     if drawings is None:
         sentence = "The plots are missing because matplotlib is not installed: install it and write this report again."
         return f'<h2>Curves</h2>\n<p class="note">{sentence}</p>'
-    figures = [
-        f"<figure{' class=' + chr(34) + 'wide' + chr(34) if name == 'loss' else ''}>\n<h3>{escape(title)}</h3>\n"
-        f"{drawings[name]}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
-        for name, (title, caption) in _CAPTIONS.items()
-        if name in drawings
-    ]
-    return '<h2>Curves</h2>\n<section class="figures">\n' + "\n".join(figures) + "\n</section>" if figures else ""
+    figures = html.figures(_CAPTIONS, drawings, wide=frozenset({"loss"}))
+    return f"<h2>Curves</h2>\n{figures}" if figures else ""
 
 
 def _sample(record: Record) -> str:
