@@ -222,7 +222,7 @@ MUTATIONS = [
     Mutation(
         "Company",
         "precision.py",
-        "return torch.autocast(kind, dtype=dtype, enabled=enabled)",
+        "return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=not torch.is_grad_enabled())",
         "return nullcontext()",
         "tests/test_company_precision.py -k autocast",
     ),

@@ -279,3 +279,19 @@ def test_another_default_dtype_changes_nothing():
         assert torch.equal(old.steps, new.steps)
     assert all(g.dtype == torch.float32 for g in gradients)
     torch.testing.assert_close(gradients, torch.autograd.grad(before[0].value.sum(), tuple(layer.parameters())))
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_weights_that_a_fused_layer_has_cast_keep_their_gradients(adjoint):
+    class Encoded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, z, x):
+            return 0.3 * self.layer(z) + x
+
+    layer = eq.DEQ(Encoded(), adjoint=adjoint).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(normal(2, 3, 8, seed=0, dtype=torch.float32)).float().square().sum().backward()
+    assert [name for name, p in layer.named_parameters() if p.grad is None] == []

@@ -18,7 +18,8 @@ def autocast_state(device: torch.device) -> Callable[[], AbstractContextManager[
     def context() -> AbstractContextManager[Any]:
         if not enabled and not torch.is_autocast_enabled(kind):
             return nullcontext()
-        return torch.autocast(kind, dtype=dtype, enabled=enabled)
+        # What torch's fused layers cast without grad the cache would hand out with grad, and lose their gradients.
+        return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=not torch.is_grad_enabled())
 
     return context
 

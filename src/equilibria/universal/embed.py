@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -116,9 +115,8 @@ class Stacked(nn.Module):
         def read(name: str) -> Any:
             return state[self._names[name]] if name in self._names else values[name]
 
-        with _uncached(inputs):
-            for step in self._program:
-                values[step.name] = step.run(self.network, inputs, read)
+        for step in self._program:
+            values[step.name] = step.run(self.network, inputs, read)
         return {stage: values[name] for name, stage in self._names.items()}
 
     def initial_state(self, *inputs: Any) -> dict[str, Tensor]:
@@ -221,17 +219,6 @@ class Stacked(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.stages)} stages, depth {self.depth}"
-
-
-def _uncached(inputs: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    # What torch's fused encoder layers cast without grad, autocast's cache would hand out with grad: the gradient of
-    # those weights would be lost in silence.
-    leaves = pytree.tree_leaves(inputs)
-    dtype = None if torch.is_grad_enabled() else _autocast(leaves)
-    if dtype is None:
-        return nullcontext()
-    kind = next(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))
-    return torch.autocast(kind, dtype=dtype, cache_enabled=False)
 
 
 def _autocast(leaves: list[Any]) -> torch.dtype | None:
