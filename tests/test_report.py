@@ -172,6 +172,16 @@ def test_explicit_models_have_no_equilibrium_to_report(tmp_path: Path, depth: st
     assert "hit their cap" not in page
 
 
+@pytest.mark.parametrize(("depth", "told"), [("equilibrium", True), ("tied", False)])
+def test_updates_that_were_not_implicit_are_told(tmp_path: Path, depth: str, told: bool):
+    training = runs.CONFIG["training"] | {"unrolled_steps": 300, "unrolled_layers": 4}
+    config = runs.CONFIG | {"model": runs.CONFIG["model"] | {"depth": depth}, "training": training}
+    page = write_report(runs.write(tmp_path / "run", config, lines(), None)).read_text()
+    assert ("first 300 updates went through 4 plain applications" in page) == told
+    plain = write_report(runs.write(tmp_path / "plain", runs.CONFIG, lines(), None)).read_text()
+    assert "plain applications of the block, by" not in plain
+
+
 def test_an_interrupted_run_gets_a_page_with_what_there_is(tmp_path: Path):
     run = runs.write(tmp_path / "run", runs.CONFIG, lines(), None)
     page = write_report(run).read_text()

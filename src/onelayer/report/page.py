@@ -57,7 +57,8 @@ _CAPTIONS = {
     "memory": (
         "Memory",
         "Peak memory of the process so far. Ordinary back-propagation stores every application of a block; an implicit "
-        "gradient stores one evaluation, however many the solve took.",
+        "gradient stores one evaluation, however many the solve took. Updates at the start of a run that go through a "
+        "few plain applications store each of these.",
     ),
 }
 
@@ -116,8 +117,18 @@ def _header(record: Record) -> str:
     above = f"onelayer · run {record.name}"
     return (
         f"<header>\n<p>{escape(above)}</p>\n<h1>{escape(kind)}</h1>\n"
-        f"<p>{escape(f'Trained to predict the next byte of {text}.') if text else ''}</p>\n</header>"
+        f"<p>{escape(f'Trained to predict the next byte of {text}.{_start(record)}') if text else ''}</p>\n</header>"
     )
+
+
+def _start(record: Record) -> str:
+    """How an equilibrium model was trained before its gradients were implicit; empty where they were from the start."""
+    model, training = (record.config.get(key) for key in ("model", "training"))
+    model, training = (value if isinstance(value, dict) else {} for value in (model, training))
+    steps, layers = training.get("unrolled_steps"), training.get("unrolled_layers")
+    if model.get("depth") != "equilibrium" or not steps or not layers:
+        return ""
+    return f" Its first {steps} updates went through {layers} plain applications of the block, by back-propagation."
 
 
 def _verdict(record: Record) -> str:
