@@ -32,10 +32,10 @@ from tqdm import tqdm
 import equilibria as eq
 from equilibria.universal import fuse
 
-RATES = (0.01, 0.03, 0.1)
-TUNING_SEEDS = (100, 101)
-SOLVER = eq.Anderson()
-MAX_STEPS = 60
+RATES = (0.003, 0.01, 0.03)
+TUNING_SEEDS = (100,)
+SOLVER = eq.Picard()
+MAX_STEPS = 50
 DEPTH = 12
 TEST_BATCH = 512
 DEQS = ("one", "two", "wide")
