@@ -10,7 +10,7 @@ from equilibria.norms import Norm
 from equilibria.precision import autocast_state
 from equilibria.problem.evaluation import Evaluation, rounding_level
 from equilibria.problem.linearization import Linearization
-from equilibria.problem.randomness import Watch, culprits, difference
+from equilibria.problem.randomness import CALLS, Watch, culprits, difference
 from equilibria.status import Agree
 from equilibria.tree import Layout, detached
 
@@ -177,7 +177,7 @@ class Equation:
                 f"{self.name} draws random numbers{where}: two calls at one state differ by {apart:.1e}, so it has "
                 f"no {self.lacks}; take eq.nn.VariationalDropout for dropout, or draw outside and pass it in."
             )
-        self.evaluations += 3
+        self.evaluations += CALLS
 
 
 def _watch(z: Tensor, first: bool) -> Callable[[], bool]:

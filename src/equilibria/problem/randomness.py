@@ -26,16 +26,25 @@ class Watch:
         return any(not torch.equal(now, then) for now, then in zip(self._states(), self._before, strict=True))
 
 
+# Further calls that `difference` makes: one at the point itself, the rest elsewhere. Two masks of a small state may be
+# alike by chance, four hardly.
+CALLS = 5
+
+
 def difference(call: Callable[[Tensor], Tensor], z: Tensor, output: Tensor, elsewhere: Tensor) -> float:
-    """How far two calls at one point lie apart: at `z`, where one gave `output`, or at another point; 0 for rounding.
+    """How far calls at one point lie apart: at `z`, where one gave `output`, or at another point; 0 for rounding.
 
     The usual start is zeros, where dropout changes nothing, so that another point has to be looked at as well.
     """
-    for first, second in ((output, call(z)), (call(elsewhere), call(elsewhere))):
-        apart = torch.nan_to_num(first - second).square().mean().sqrt()
-        if apart > 1e-3 * second.nan_to_num().square().mean().sqrt():
-            return apart.item()
-    return 0.0
+    first = call(elsewhere)
+    pairs = [(output, call(z)), *((first, call(elsewhere)) for _ in range(CALLS - 2))]
+    apart = [_difference(one, other) for one, other in pairs]
+    return max(apart)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    apart, size = (torch.nan_to_num(t).square().mean().sqrt() for t in (one - other, other))
+    return apart.item() if apart > 1e-3 * size else 0.0
 
 
 def culprits(call: Callable[[], Any], device: torch.device) -> str:

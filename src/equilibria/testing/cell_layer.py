@@ -78,7 +78,7 @@ def has_the_gradient_of_unrolling(called: Called) -> None:
     layer.adjoint, layer.rtol, layer.atol = Implicit(), tolerance, tolerance / 100
     layer.max_steps, layer.eval_max_steps = max(300, layer.max_steps), None
     try:
-        dtypes = {leaf.dtype for leaf in pytree.tree_leaves(called.cell(called.start, *called.inputs))}
+        dtypes = {leaf.dtype for leaf in pytree.tree_leaves(f(called.start, *called.inputs))}
         expect(
             not double or dtypes == {torch.float64},
             f"a copy in float64 returns {', '.join(map(str, dtypes))}: let the cell take dtypes from its state and "
