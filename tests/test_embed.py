@@ -542,3 +542,14 @@ def test_tracing_leaves_no_constant_on_the_network_and_no_mark_on_the_generator(
     with pytest.raises(ValueError, match="draws random"):
         eq.universal.embed(noisy, torch.ones(2, 3))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_unfolded_embedding_is_exported_for_batches_of_any_size():
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    unfolded = eq.universal.unfold(eq.universal.embed(network, x), steps=3).eval()
+    shapes = {"inputs": ({0: torch.export.Dim("batch")},)}
+    program = torch.export.export(unfolded, (x,), dynamic_shapes=shapes).module()
+    for batch in (2, 4, 9):
+        x = torch.randn(batch, 3, dtype=torch.float64)
+        torch.testing.assert_close(program(x), network(x), rtol=1e-12, atol=1e-14)

@@ -142,7 +142,7 @@ class Stacked(nn.Module):
 
     def _forms(self, inputs: tuple[Any, ...]) -> dict[str, tuple[torch.Size, torch.dtype, torch.device]]:
         leaves, spec = pytree.tree_flatten(inputs)
-        kinds = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else repr(t) for t in leaves]
+        kinds = [(repr(t.shape), t.dtype, t.device) if isinstance(t, Tensor) else repr(t) for t in leaves]
         own = {(p.dtype, p.device) for p in self.network.parameters()}
         autocast = _autocast(leaves)
         key = (tuple(kinds), repr(spec), frozenset(own), autocast, self._mode.checked)
