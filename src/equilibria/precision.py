@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes in on a device now, or None where it is off."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def autocast_state(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """Makes contexts in which autocast is as it is now: solvers run without, and backward outside the user's own."""
     kind = device.type
@@ -30,7 +38,6 @@ def precise(tensor: Tensor) -> AbstractContextManager[Any]:
     In half precision the products of a history lose what it knows, and overflow in float16 where vectors are long; and
     the backward of what a function does outside of autocast would be done in half precision.
     """
-    kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if autocast_dtype(tensor.device) is None:
         return nullcontext()
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -14,6 +14,7 @@ from equilibria.adjoints import Adjoint, Implicit
 from equilibria.nn.monitor import record
 from equilibria.norms import Norm, rms_norm
 from equilibria.options import check_callable, check_integer
+from equilibria.precision import autocast_dtype
 from equilibria.problem import FixedPoint
 from equilibria.solution import Solution
 from equilibria.solve import WarmStart, check_options, solve, uncompiled
@@ -220,6 +221,5 @@ def start(cell: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
 def _zeros_like(leaf: Tensor) -> Tensor:
     # Under autocast inputs come in half precision from the layer before, while a cell may return float32, as those that
     # end in a normalisation do; and a state in half precision would round more than the products do.
-    kind = leaf.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32) if autocast else leaf.dtype)
+    wide = leaf.dtype if autocast_dtype(leaf.device) is None else torch.promote_types(leaf.dtype, torch.float32)
+    return torch.zeros_like(leaf, dtype=wide)

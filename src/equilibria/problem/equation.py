@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from equilibria.norms import Norm
-from equilibria.precision import autocast_state
+from equilibria.precision import autocast_dtype, autocast_state
 from equilibria.problem.evaluation import Evaluation, rounding_level
 from equilibria.problem.linearization import Linearization
 from equilibria.problem.randomness import CALLS, Watch, culprits, difference
@@ -162,10 +162,10 @@ class Equation:
 
     def _read_dtype(self, output: Any) -> torch.dtype:
         dtypes = [leaf.dtype for leaf in self.layout.spec.flatten_up_to(output)]
-        kind = self.layout.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        autocast = autocast_dtype(self.layout.device)
+        if autocast is not None:
             # Normalisations return float32 under autocast although every product in f rounds to the lower dtype.
-            dtypes += [torch.get_autocast_dtype(kind)]
+            dtypes += [autocast]
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equilibria.precision import autocast_dtype
 from equilibria.universal.mode import Mode
 from equilibria.universal.program import Ref, Step, described
 from equilibria.universal.propagation import propagate
@@ -122,9 +123,8 @@ class Affine(nn.Module):
     def initial_state(self, x: Tensor) -> Tensor:
         """Zeros, of shape (batch, n)."""
         weight = self._weights()[0]
-        kind = x.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        dtype = torch.promote_types(weight.dtype, torch.float32) if autocast else weight.dtype
+        off = autocast_dtype(x.device) is None
+        dtype = weight.dtype if off else torch.promote_types(weight.dtype, torch.float32)
         return torch.zeros(len(x), sum(self.widths.values()), dtype=dtype, device=x.device)
 
     def readout(self, state: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from equilibria.adjoints import Implicit
 from equilibria.nn import DEQ
 from equilibria.options import check_choice
+from equilibria.precision import autocast_dtype
 from equilibria.solvers import Picard
 from equilibria.universal.affine import Affine
 from equilibria.universal.mode import Mode
@@ -222,7 +223,5 @@ class Stacked(nn.Module):
 
 
 def _autocast(leaves: list[Any]) -> torch.dtype | None:
-    kinds = [leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)]
-    if not kinds or not torch.amp.is_autocast_available(kinds[0]) or not torch.is_autocast_enabled(kinds[0]):
-        return None
-    return torch.get_autocast_dtype(kinds[0])
+    devices = [leaf.device for leaf in leaves if isinstance(leaf, Tensor)]
+    return autocast_dtype(devices[0]) if devices else None
