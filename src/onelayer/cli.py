@@ -20,7 +20,7 @@ from onelayer import corpora, runs
 from onelayer.errors import UsageError
 from onelayer.evaluation import Measurement, measure
 from onelayer.generation import decode, generate
-from onelayer.models.transformer import Depth
+from onelayer.models.configuration import Depth
 from onelayer.presets import PRESETS, Device, Precision, changed, preset
 from onelayer.proofs import NETWORKS, STACKS, prove
 from onelayer.training import train

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onelayer.corpora import Corpus, validation_windows
 from onelayer.generation import decode, generate
-from onelayer.models.transformer import TransformerLM, bits_per_byte
+from onelayer.models.language_model import LanguageModel, bits
 from onelayer.ngrams import baselines
 from onelayer.presets import RunConfig
 
@@ -38,7 +38,7 @@ class Measurement:
 
 
 def measure(
-    model: TransformerLM, config: RunConfig, inputs: Tensor, targets: Tensor, max_steps: int | None = None
+    model: LanguageModel, config: RunConfig, inputs: Tensor, targets: Tensor, max_steps: int | None = None
 ) -> Measurement:
     """Runs the model over windows of text, without gradient and in evaluation mode.
 
@@ -59,24 +59,24 @@ def measure(
     training = model.training
     model.eval()
     device = model.embedding.weight.device
-    bits, solutions = 0.0, []
+    total, solutions = 0.0, []
     size = config.training.batch_size
     with torch.no_grad(), config.autocast(device):
         for x, y in zip(inputs.split(size), targets.split(size), strict=True):
-            logits, solution = model.solve(x.to(device), max_steps)
-            bits += float(bits_per_byte(logits, y.to(device))) * y.numel()
-            solutions.append(solution)
+            found = model(x.to(device), y.to(device), max_steps=max_steps)
+            total += float(bits(found.losses)) * y.numel()
+            solutions.append(found.solution)
     model.train(training)
-    if model.layer is None:
-        return Measurement(bits / targets.numel(), None, None, None)
+    if not model.is_equilibrium:
+        return Measurement(total / targets.numel(), None, None, None)
     steps = torch.cat([solution.steps for solution in solutions]).cpu()
     residual = torch.cat([solution.residual for solution in solutions]).float().cpu()
     converged = torch.cat([solution.converged for solution in solutions])
-    return Measurement(bits / targets.numel(), steps, residual, float((~converged).float().mean()))
+    return Measurement(total / targets.numel(), steps, residual, float((~converged).float().mean()))
 
 
 def evaluate(
-    model: TransformerLM, config: RunConfig, corpus: Corpus, tokens: int, seconds: float, peak_memory: int
+    model: LanguageModel, config: RunConfig, corpus: Corpus, tokens: int, seconds: float, peak_memory: int
 ) -> dict[str, Any]:
     """The whole evaluation that ends a run, in the form of `evaluation.json`.
 
@@ -129,7 +129,7 @@ def summary(steps: Tensor) -> dict[str, Any]:
 
 
 def by_allowed_evaluations(
-    model: TransformerLM, config: RunConfig, inputs: Tensor, targets: Tensor
+    model: LanguageModel, config: RunConfig, inputs: Tensor, targets: Tensor
 ) -> list[dict[str, Any]] | None:
     """Bits per byte and median residual when each solve may evaluate the block 1, 2, 3, 4, 6, 8, 12, ... times.
 
@@ -139,7 +139,7 @@ def by_allowed_evaluations(
     >>> by_allowed_evaluations(model, config, inputs, targets)[0]               # doctest: +SKIP
     {'max_steps': 1, 'bits_per_byte': 8.3, 'residual': 1.0}
     """
-    if model.layer is None:
+    if not model.is_equilibrium:
         return None
     most = config.model.eval_max_steps
     allowed = sorted({1, 2, most} | {n for k in range(1, 30) for n in (2**k, 3 * 2 ** (k - 1)) if n < most})

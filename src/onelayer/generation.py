@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from onelayer.errors import UsageError
-from onelayer.models.transformer import TransformerLM
+from onelayer.models.language_model import LanguageModel
 
 
-def generate(model: TransformerLM, prompt: bytes, count: int, temperature: float = 0.8, seed: int = 0) -> Iterator[int]:
+def generate(model: LanguageModel, prompt: bytes, count: int, temperature: float = 0.8, seed: int = 0) -> Iterator[int]:
     """Draws bytes that follow a prompt.
 
     Each byte is drawn from the model's distribution given the bytes before it, at most one context of them: once the
@@ -48,14 +48,14 @@ def generate(model: TransformerLM, prompt: bytes, count: int, temperature: float
 
 
 def _generate(
-    model: TransformerLM, prompt: bytes, count: int, temperature: float, random: torch.Generator
+    model: LanguageModel, prompt: bytes, count: int, temperature: float, random: torch.Generator
 ) -> Iterator[int]:
     text = list(prompt)
     device = model.embedding.weight.device
     for _ in range(count):
         window = torch.tensor([text[-model.config.context :]], device=device)
         with torch.no_grad():
-            logits = model(window)[0, -1].float().cpu()
+            logits = model(window).logits[0, -1].float().cpu()
         if temperature == 0:
             byte = int(logits.argmax())
         else:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from onelayer.errors import UsageError
-from onelayer.models.transformer import TransformerConfig
+from onelayer.models.configuration import ModelConfig
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
@@ -108,7 +108,7 @@ class RunConfig:
 
     preset: str = "small"
     data: str | None = None
-    model: TransformerConfig = field(default_factory=TransformerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def autocast(self, device: torch.device) -> torch.autocast:
@@ -120,7 +120,7 @@ PRESETS = {
     # Two CPU cores, about five minutes.
     "small": RunConfig(
         "small",
-        model=TransformerConfig(width=128, heads=4, context=64),
+        model=ModelConfig(width=128, heads=4, context=64),
         training=TrainingConfig(
             steps=600,
             batch_size=16,
@@ -136,7 +136,7 @@ PRESETS = {
     # Seconds, to see that everything works; what it learns is not worth reading.
     "tiny": RunConfig(
         "tiny",
-        model=TransformerConfig(width=32, heads=2, context=32, layers=3, max_steps=24, eval_max_steps=32),
+        model=ModelConfig(width=32, heads=2, context=32, layers=3, max_steps=24, eval_max_steps=32),
         training=TrainingConfig(
             steps=12,
             batch_size=4,
@@ -152,7 +152,7 @@ PRESETS = {
     # About half an hour on one large GPU.
     "gpu": RunConfig(
         "gpu",
-        model=TransformerConfig(width=768, heads=12, context=512, rtol=1e-2, backward_rtol=5e-2),
+        model=ModelConfig(width=768, heads=12, context=512, rtol=1e-2, backward_rtol=5e-2),
         training=TrainingConfig(
             steps=6000,
             batch_size=64,
@@ -193,7 +193,7 @@ def changed(config: RunConfig, values: dict[str, Any], data: str | None = None) 
     Raises:
         UsageError: a value is not allowed.
     """
-    own = {f.name for f in fields(TransformerConfig)}
+    own = {f.name for f in fields(ModelConfig)}
     return replace(
         config,
         data=data,
@@ -215,7 +215,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
         return RunConfig(
             values["preset"],
             values["data"]["path"],
-            TransformerConfig(**values["model"]),
+            ModelConfig(**values["model"]),
             TrainingConfig(**values["training"]),
         )
     except (KeyError, TypeError) as error:

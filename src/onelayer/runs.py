@@ -20,7 +20,7 @@ from onelayer import checkpoints
 from onelayer.checkpoints import Checkpoint
 from onelayer.corpora import Corpus
 from onelayer.errors import UsageError
-from onelayer.models.transformer import TransformerLM
+from onelayer.models.language_model import LanguageModel
 from onelayer.presets import RunConfig, from_dict, to_dict
 
 
@@ -85,7 +85,7 @@ def read_config(run: Path) -> tuple[RunConfig, str]:
         raise UsageError(f"{run / 'config.json'} is damaged ({error}): restore it, or train anew.") from None
 
 
-def load_model(run: Path) -> tuple[TransformerLM, RunConfig]:
+def load_model(run: Path) -> tuple[LanguageModel, RunConfig]:
     """The model of a run with the weights of its last save, in evaluation mode, on its training's device if there.
 
     >>> model, config = load_model(Path("runs/first"))                          # doctest: +SKIP
@@ -94,13 +94,13 @@ def load_model(run: Path) -> tuple[TransformerLM, RunConfig]:
         UsageError: this is no run folder, or its weights are missing or damaged.
     """
     config, _ = read_config(run)
-    model = TransformerLM(config.model)
+    model = LanguageModel(config.model)
     load_weights(model, checkpoints.read(run / "model.safetensors"), run)
     device = config.training.device if torch.cuda.is_available() else "cpu"
     return model.eval().to(device), config
 
 
-def load_weights(model: TransformerLM, checkpoint: Checkpoint, run: Path) -> None:
+def load_weights(model: LanguageModel, checkpoint: Checkpoint, run: Path) -> None:
     """Puts the `model.*` tensors of a checkpoint into the model.
 
     Raises:

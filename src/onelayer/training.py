@@ -21,7 +21,7 @@ from onelayer.checkpoints import Checkpoint
 from onelayer.corpora import Corpus
 from onelayer.errors import UsageError
 from onelayer.evaluation import evaluate, measure, peak_memory_bytes
-from onelayer.models.transformer import TransformerLM, bits_per_byte
+from onelayer.models.language_model import LanguageModel, bits
 from onelayer.presets import RunConfig, TrainingConfig
 from onelayer.report import write_report
 
@@ -58,7 +58,7 @@ def train(config: RunConfig, run: Path, resume: bool = False, command: str = "on
         runs.create(run, config, corpus, command)
 
     torch.manual_seed(training.seed)
-    model = TransformerLM(config.model).to(device)
+    model = LanguageModel(config.model).to(device)
     optimizer = make_optimizer(model, training)
     step, seconds = 0, 0.0
     if start is not None:
@@ -103,7 +103,7 @@ def train(config: RunConfig, run: Path, resume: bool = False, command: str = "on
 
 
 def train_step(
-    model: TransformerLM, optimizer: torch.optim.Optimizer, config: RunConfig, corpus: Corpus, step: int
+    model: LanguageModel, optimizer: torch.optim.Optimizer, config: RunConfig, corpus: Corpus, step: int
 ) -> dict[str, Any]:
     """One update of the weights.
 
@@ -128,24 +128,24 @@ def train_step(
         group["lr"] = learning_rate
     x, y = corpora.batch(corpus.train, step, training.batch_size, config.model.context, training.seed)
     x, y = x.to(training.device), y.to(training.device)
-    unrolled = model.layer is not None and step < training.unrolled_steps
+    unrolled = model.is_equilibrium and step < training.unrolled_steps
     model.train()
     with config.autocast(x.device):
-        logits, solution = (model.unroll(x, training.unrolled_layers), None) if unrolled else model.solve(x)
-    loss = bits_per_byte(logits, y)
+        found = model(x, y, unrolled=training.unrolled_layers if unrolled else None)
+    loss, solution = bits(found.losses), found.solution
     # In nats, as learning rates and gradient norms are usually quoted for.
-    (loss * math.log(2)).backward()
+    (loss * math.log(2) + found.penalty).backward()
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip))
-    bits = loss.item()
-    if not math.isfinite(norm + bits):
+    value = loss.item()
+    if not math.isfinite(norm + value):
         raise UsageError(
-            f"Training diverged at step {step + 1}, its loss is {bits} and its gradient {norm}: "
+            f"Training diverged at step {step + 1}, its loss is {value} and its gradient {norm}: "
             "train anew with a lower learning rate."
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     line: dict[str, Any] = {
-        "bits_per_byte": bits,
+        "bits_per_byte": value,
         "evaluations_forward": None,
         "evaluations_backward": None,
         "residual": None,
@@ -208,7 +208,7 @@ def _last_save(run: Path, corpus: Corpus) -> Checkpoint:
 
 
 def _save(
-    run: Path, model: TransformerLM, optimizer: torch.optim.Optimizer, corpus: Corpus, step: int, seconds: float
+    run: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, corpus: Corpus, step: int, seconds: float
 ) -> None:
     facts = {"step": step, "seconds": seconds, "fingerprint": corpus.fingerprint}
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -218,7 +218,7 @@ def _save(
 
 
 def _validate(
-    model: TransformerLM, config: RunConfig, inputs: torch.Tensor, targets: torch.Tensor
+    model: LanguageModel, config: RunConfig, inputs: torch.Tensor, targets: torch.Tensor
 ) -> dict[str, float | None]:
     found = measure(model, config, inputs, targets)
     return {
@@ -255,7 +255,7 @@ def _interruptible() -> Iterator[_Signals]:
             signal.signal(number, handler)
 
 
-def _describe(model: TransformerLM) -> str:
+def _describe(model: LanguageModel) -> str:
     total, without_embeddings = model.parameter_counts()
     depth = {"equilibrium": "the equilibrium of one block", "tied": f"one block {model.config.layers} times"}.get(
         model.config.depth, f"{model.config.layers} blocks"

@@ -2,6 +2,7 @@
 
 from equilibria.nn.deq import DEQ
 from equilibria.nn.dropout import VariationalDropout
+from equilibria.nn.jacobian import jacobian_penalty
 from equilibria.nn.monitor import Report, monitor
 
-__all__ = ["DEQ", "Report", "VariationalDropout", "monitor"]
+__all__ = ["DEQ", "Report", "VariationalDropout", "jacobian_penalty", "monitor"]

@@ -1,268 +1,202 @@
-"""A causal Transformer over bytes whose whole depth is the equilibrium of one block.
+"""The block of the DEQ-Transformer: causal attention and a feed-forward part, `z -> f(z, x)`.
 
-The block is `f(z, x)`: a hidden state `z` and the embedded text `x`, which enters at every application (input
-injection). The same block class gives three models: its equilibrium `z* = f(z*, x)`, `layers` blocks with weights of
-their own, and one block applied `layers` times.
+A hidden state `z` and the embedded text `x`, which enters at every application (input injection). The same block makes
+the equilibrium `z* = f(z*, x)` and its explicit twins, see `onelayer.models.depth`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import equilibria as eq
-from onelayer.errors import UsageError
+from onelayer.models.configuration import ModelConfig
+from onelayer.models.weights import Linear
+from onelayer.models.window import Slot, Window
 
-Depth = Literal["equilibrium", "untied", "tied"]
-VOCABULARY = 256
+GATE = 0.5  # LayerScale of both branches at the start; 0.1 learns more slowly (docs/log.md)
 
 
-@dataclass(frozen=True)
-class TransformerConfig:
-    """What defines the model; the names are those of `config.json`.
-
-    >>> TransformerConfig(width=64, heads=2).depth
-    'equilibrium'
+class Context(NamedTuple):
+    """What stays the same at every evaluation of the block in a forward.
 
     Attributes:
-        depth: `"equilibrium"` of one block, `"untied"` for `layers` different blocks, `"tied"` for one block applied
-            `layers` times.
-        layers: number of applications for `"untied"` and `"tied"`; the equilibrium has no such number.
-        width: entries of a token's state.
-        heads: attention heads; `width / heads` must be even, because rotary positions turn pairs of entries.
-        context: bytes that the model sees at once.
-        rtol: relative residual at which a solve is done, see `eq.DEQ`.
-        max_steps: evaluations of the block allowed to a solve in training.
-        eval_max_steps: the same in evaluation and generation.
-        backward_rtol: relative residual at which the adjoint solve is done.
-        backward_max_steps: products with the transposed Jacobian allowed to it.
-
-    Raises:
-        UsageError: at construction, for a value that is not allowed.
+        weights: matrices of the four linear maps, in the order in which they are applied.
+        past: keys and values of the tokens before.
+        rotation: cosines and sines of rotary positions.
+        relative: keys of distances `(heads, distances, size)`, and the distance of each pair `(time, stored + time)`.
+        window: of the tokens.
     """
 
-    depth: Depth = "equilibrium"
-    layers: int = 6
-    width: int = 128
-    heads: int = 4
-    context: int = 128
-    rtol: float = 5e-3
-    max_steps: int = 32
-    eval_max_steps: int = 64
-    backward_rtol: float = 3e-2
-    backward_max_steps: int = 24
-
-    def __post_init__(self) -> None:
-        if self.depth not in get_args(Depth):
-            raise UsageError(f"The model must be one of {', '.join(get_args(Depth))}, not {self.depth!r}.")
-        for name in ("layers", "width", "heads", "context", "max_steps", "eval_max_steps", "backward_max_steps"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("rtol", "backward_rtol"):
-            if not 0 < getattr(self, name) < 1:
-                raise UsageError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
-        if self.width % (2 * self.heads):
-            raise UsageError(
-                f"width must be a multiple of twice the heads, and {self.width} is not a multiple of {2 * self.heads}."
-            )
+    weights: tuple[Tensor, Tensor, Tensor, Tensor]
+    past: Slot | None
+    rotation: tuple[Tensor, Tensor] | None
+    relative: tuple[Tensor, Tensor] | None
+    window: Window
 
 
-class Block(nn.Module):
-    """One post-norm Transformer block with input injection, `z -> f(z, x)`.
+class TransformerBlock(nn.Module):
+    """One Transformer block with input injection, `z -> f(z, x)`.
 
-    Attention and then the feed-forward part each add to what they read, and the sum is normalised. The normalisation
-    comes last, so the states it can return are bounded whatever the weights are, and the equilibrium is not the point
-    where the branches vanish, as it would be with an identity path from `z` to the output.
+    In the form `"post"`, attention and then the feed-forward part each add to what they read, and the sum is
+    normalised. The normalisation comes last, so the states it can return are bounded whatever the weights are, and the
+    equilibrium is not the point where the branches vanish, as it would be with an identity path from `z` to the output.
+    The form `"subtracted"` is a pre-norm block B with gated branches (LayerScale) less that path,
+    `f(z, x) = B(z + x) - z`.
 
-    >>> block = Block(TransformerConfig(width=64, heads=2))
+    >>> from onelayer.models.window import window
+    >>> block = TransformerBlock(ModelConfig(width=64, heads=2))
     >>> x = torch.randn(3, 10, 64)
-    >>> block(torch.zeros_like(x), x).shape
+    >>> block(torch.zeros_like(x), x, block.context(x, window(10, x.device))).shape
     torch.Size([3, 10, 64])
 
+    Args:
+        config: width, heads, form, positions, dropout and weight normalisation.
+
     Source: the Transformer of Vaswani et al., 2017 (arXiv:1706.03762), with the injection of Bai, Kolter and Koltun,
-    "Deep Equilibrium Models", 2019 (arXiv:1909.01377), and rotary positions, Su et al., 2021 (arXiv:2104.09864).
+    "Deep Equilibrium Models", 2019 (arXiv:1909.01377); rotary positions, Su et al., 2021 (arXiv:2104.09864); relative
+    positions, Dai et al., 2019 (arXiv:1901.02860), equation of section 3.3; LayerScale, Touvron et al., 2021
+    (arXiv:2103.17239).
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.width
         self.heads = config.heads
-        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
-        self.attention_output = nn.Linear(width, width, bias=False)
+        self.state_width = width
+        self.query_key_value = Linear(width, 3 * width, config.weight_norm)
+        self.attention_output = Linear(width, width, config.weight_norm)
         self.attention_norm = nn.RMSNorm(width)
-        self.expand = nn.Linear(width, 4 * width, bias=False)
-        self.contract = nn.Linear(4 * width, width, bias=False)
+        self.expand = Linear(width, 4 * width, config.weight_norm)
+        self.contract = Linear(4 * width, width, config.weight_norm)
         self.output_norm = nn.RMSNorm(width)
-        for layer in (self.query_key_value, self.attention_output, self.expand, self.contract):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        self.cosine: Tensor
-        self.sine: Tensor
-        cosine, sine = rotary_tables(config.context, width // config.heads)
-        self.register_buffer("cosine", cosine, persistent=False)
-        self.register_buffer("sine", sine, persistent=False)
+        self.gates = nn.Parameter(torch.full((2, width), GATE)) if config.block == "subtracted" else None
+        self.relative = RelativePositions(width, config.heads) if config.positions == "relative" else None
+        self.dropout = eq.nn.VariationalDropout(config.dropout, shared_dims=1)
 
-    def attention(self, u: Tensor) -> Tensor:
-        """Causal self-attention with rotary positions: `(batch, time, width)` to the same."""
-        batch, time, width = u.shape
-        q, k, v = self.query_key_value(u).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        # Queries and keys of unit size bound the attention scores, and with them how much the block can expand.
-        q, k = (self._rotate(F.rms_norm(a, a.shape[-1:])).to(v.dtype) for a in (q, k))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.attention_output(mixed.transpose(1, 2).reshape(batch, time, width))
+    def context(self, x: Tensor, window: Window, past: Slot | None = None) -> Context:
+        """What stays the same at every evaluation, evaluated once.
 
-    def feed_forward(self, u: Tensor) -> Tensor:
-        """The part that works on each position alone: `(batch, time, width)` to the same."""
-        return self.contract(F.gelu(self.expand(u)))
+        Args:
+            x: embedded tokens `(batch, time, width)`.
+            window: of the tokens.
+            past: what the tokens before left in the slot of this application.
+        """
+        maps = (self.query_key_value, self.attention_output, self.expand, self.contract)
+        size = x.shape[-1] // self.heads
+        rotation = rotary(window.positions, size, x.dtype) if self.relative is None else None
+        relative = None if self.relative is None else self.relative.keys(window, x.dtype)
+        one, two, three, four = (part.matrix() for part in maps)
+        return Context((one, two, three, four), past, rotation, relative, window)
 
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+    def forward(self, z: Tensor, x: Tensor, context: Context) -> Tensor:
+        """One application: states `(batch, time, width)` to the same."""
         u = z + x
-        u = self.attention_norm(u + self.attention(u))
-        return self.output_norm(u + self.feed_forward(u))
+        if self.gates is None:
+            u = self.attention_norm(u + self.dropout(self._attention(u, context)))
+            out = self.output_norm(u + self.dropout(self._feed_forward(u, context)))
+        else:
+            mixed = self.gates[0] * self.dropout(self._attention(self.attention_norm(u), context))
+            out = x + mixed + self.gates[1] * self.dropout(self._feed_forward(self.output_norm(u + mixed), context))
+        return out if context.window.real is None else torch.where(context.window.real, out, 0)
 
-    def _rotate(self, a: Tensor) -> Tensor:
-        time = a.shape[-2]
-        first, second = a.chunk(2, dim=-1)
-        return a * self.cosine[:time] + torch.cat((-second, first), dim=-1) * self.sine[:time]
+    def remember(self, z: Tensor, x: Tensor, context: Context) -> Slot:
+        """Keys and values that tokens in the state `z` have for later ones, `(batch, heads, time, size)` each."""
+        u = z + x
+        return self._heads(u if self.gates is None else self.attention_norm(u), context)[1:]
+
+    def read(self, z: Tensor) -> Tensor:
+        """The hidden state that logits are read off."""
+        return z
+
+    def _heads(self, u: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        batch, time, width = u.shape
+        projected = F.linear(u, context.weights[0])
+        q, k, v = projected.view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        # Queries and keys of unit size bound the attention scores, and with them how much the block can expand.
+        q, k = (F.rms_norm(a, a.shape[-1:]) for a in (q, k))
+        if context.rotation is not None:
+            q, k = (rotate(a, *context.rotation) for a in (q, k))
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def _attention(self, u: Tensor, context: Context) -> Tensor:
+        q, k, v = self._heads(u, context)
+        if context.past is not None:
+            k, v = (torch.cat([old.to(new.dtype), new], dim=2) for old, new in zip(context.past, (k, v), strict=True))
+        mask, causal = context.window.mask, context.window.causal
+        if self.relative is not None and context.relative is not None:
+            q, mask = self.relative.bias(q, *context.relative, mask, causal)
+            causal = False
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return F.linear(mixed.transpose(1, 2).flatten(2), context.weights[1])
+
+    def _feed_forward(self, u: Tensor, context: Context) -> Tensor:
+        return F.linear(F.gelu(F.linear(u, context.weights[2])), context.weights[3])
 
 
-def rotary_tables(context: int, size: int) -> tuple[Tensor, Tensor]:
+class RelativePositions(nn.Module):
+    """Attention scores that know the distance of a pair: `(q + a) . k + (q + b) . r(distance)`.
+
+    Args:
+        width: entries of a token's state.
+        heads: attention heads.
+
+    Source: Dai et al., "Transformer-XL", 2019 (arXiv:1901.02860), section 3.3.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.project = Linear(width, width)
+        self.biases = nn.Parameter(torch.zeros(2, heads, 1, width // heads))
+
+    def keys(self, window: Window, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys of all distances in a window `(heads, distances, size)`, and the distance of each pair."""
+        distances = (window.positions[:, None] - window.seen).clamp(min=0)
+        width = self.project.in_features
+        tables = rotary(torch.arange(window.offset + window.time, device=window.device), width, dtype)
+        table = torch.cat([half[:, : width // 2] for half in tables], dim=1)
+        keys = F.linear(table, self.project.matrix())
+        return keys.view(len(table), self.heads, -1).transpose(0, 1), distances
+
+    def bias(
+        self, q: Tensor, keys: Tensor, distances: Tensor, mask: Tensor | None, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The queries that meet keys, and what to add to the scaled scores of each pair."""
+        scores = torch.matmul(q + self.biases[1].to(q.dtype), keys.to(q.dtype).transpose(1, 2)) * q.shape[-1] ** -0.5
+        scores = scores.gather(-1, distances.expand(*scores.shape[:-1], -1))
+        if causal:
+            mask = torch.ones(distances.shape, dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return q + self.biases[0].to(q.dtype), scores
+
+
+def rotary(positions: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines by which rotary positions turn the pairs (i, i + size / 2) of a head's entries.
 
-    >>> [table.shape for table in rotary_tables(128, 32)]
+    >>> [table.shape for table in rotary(torch.arange(128), 32, torch.float32)]
     [torch.Size([128, 32]), torch.Size([128, 32])]
 
     Args:
-        context: number of positions.
+        positions: int64 `(time,)`.
         size: entries of a head, an even number.
+        dtype: of the result.
 
     Returns:
-        Two tensors `(context, size)`.
+        Two tensors `(time, size)`.
 
     Source: Su et al., "RoFormer", 2021 (arXiv:2104.09864).
     """
-    frequencies = 10000.0 ** (-torch.arange(0, size, 2) / size)
-    angles = torch.outer(torch.arange(context, dtype=torch.float32), frequencies).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    frequencies = 10000.0 ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float64) / size)
+    angles = torch.outer(positions.double(), frequencies).repeat(1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-class TransformerLM(nn.Module):
-    """A language model over bytes: embedding, the depth that `config.depth` names, tied unembedding.
-
-    >>> model = TransformerLM(TransformerConfig(width=64, heads=2, context=32))
-    >>> tokens = torch.randint(0, 256, (3, 32))
-    >>> model(tokens).shape
-    torch.Size([3, 32, 256])
-    >>> logits, solution = model.solve(tokens, max_steps=4)
-    >>> solution.evaluations
-    4
-
-    Args:
-        config: width, depth and the solver's tolerances.
-        block: makes the block from the configuration; any module `(z, x) -> z` on `(batch, time, width)` will do.
-    """
-
-    def __init__(self, config: TransformerConfig, block: Callable[[TransformerConfig], nn.Module] = Block) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(VOCABULARY, config.width)
-        # Small, because the same matrix reads the logits off a state of unit size.
-        nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
-        self.layer = _equilibrium(block(config), config) if config.depth == "equilibrium" else None
-        count = {"equilibrium": 0, "tied": 1, "untied": config.layers}[config.depth]
-        self.blocks = nn.ModuleList(block(config) for _ in range(count))
-        self.norm = nn.RMSNorm(config.width)
-
-    def forward(self, tokens: Tensor, max_steps: int | None = None) -> Tensor:
-        """Logits of the next byte after each position; the arguments are those of `solve`."""
-        return self.solve(tokens, max_steps)[0]
-
-    def solve(self, tokens: Tensor, max_steps: int | None = None) -> tuple[Tensor, eq.Solution | None]:
-        """Logits of the next byte after each position, and how the equilibrium was found.
-
-        Args:
-            tokens: int64 `(batch, time)`, `time` at most `config.context`.
-            max_steps: evaluations of the block allowed to the solve, instead of the configuration's. N evaluations
-                give a state behind which stand N - 1 applications of the block, because the last one measures the
-                residual of what is returned. Such a solve is not seen by `eq.monitor`.
-
-        Returns:
-            Logits `(batch, time, 256)`; and the `eq.Solution`, or `None` where the depth is a number of layers.
-
-        Raises:
-            UsageError: more tokens than the context holds, or `max_steps` for a model without equilibrium.
-        """
-        if self.layer is None:
-            if max_steps is not None:
-                raise UsageError(f"max_steps is for equilibrium models, and this one has {self.config.layers} layers.")
-            return self.unroll(tokens, self.config.layers), None
-        layer = self.layer if max_steps is None else _equilibrium(self.layer.cell, self.config, max_steps)
-        solution = layer.solve(self._embed(tokens))
-        return self._logits(solution.value), solution
-
-    def unroll(self, tokens: Tensor, layers: int) -> Tensor:
-        """Logits after a fixed number of applications of the block, with autograd through each.
-
-        Args:
-            tokens: int64 `(batch, time)`, `time` at most `config.context`.
-            layers: number of applications, from a state of zeros; untied blocks take turns.
-
-        Returns:
-            Logits `(batch, time, 256)`.
-        """
-        return self._logits(self._iterate(self._embed(tokens), layers))
-
-    def parameter_counts(self) -> tuple[int, int]:
-        """Number of parameters, and of those that are not embeddings."""
-        total = sum(parameter.numel() for parameter in self.parameters())
-        return total, total - self.embedding.weight.numel()
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        if tokens.shape[1] > self.config.context:
-            raise UsageError(f"{tokens.shape[1]} tokens do not fit a context of {self.config.context}: give fewer.")
-        # Unit size, so that the text enters each application as strongly as the state does.
-        return F.rms_norm(self.embedding(tokens), (self.config.width,))
-
-    def _iterate(self, x: Tensor, layers: int) -> Tensor:
-        blocks = self.blocks if self.layer is None else [self.layer.cell]
-        z = torch.zeros_like(x)
-        for k in range(layers):
-            z = blocks[k % len(blocks)](z, x)
-        return z
-
-    def _logits(self, z: Tensor) -> Tensor:
-        return F.linear(self.norm(z), self.embedding.weight)
-
-
-def bits_per_byte(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in bits, which is bits per byte where a token is a byte.
-
-    >>> bits_per_byte(torch.zeros(2, 5, 256), torch.zeros(2, 5, dtype=torch.int64))
-    tensor(8.)
-
-    Args:
-        logits: `(batch, time, 256)`, of any floating dtype; the sum is taken in float32.
-        targets: int64 `(batch, time)`.
-
-    Returns:
-        A scalar.
-    """
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) / math.log(2)
-
-
-def _equilibrium(cell: Callable[..., Tensor], config: TransformerConfig, max_steps: int | None = None) -> eq.DEQ:
-    # What became of each solve is recorded at every step of training, so nothing needs to be said beside it.
-    return eq.DEQ(
-        cell,
-        solver=eq.Anderson(),
-        adjoint=eq.Implicit(rtol=config.backward_rtol, max_steps=config.backward_max_steps),
-        rtol=config.rtol,
-        max_steps=max_steps or config.max_steps,
-        eval_max_steps=max_steps or config.eval_max_steps,
-        on_failure="ignore",
-    )
+def rotate(a: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turns pairs of entries of `(..., time, size)` by the tables of `rotary`."""
+    first, second = a.chunk(2, dim=-1)
+    return a * cosine + torch.cat((-second, first), dim=-1) * sine
