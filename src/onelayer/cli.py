@@ -21,6 +21,7 @@ from onelayer.errors import UsageError
 from onelayer.evaluation import Measurement, measure
 from onelayer.generation import decode, generate
 from onelayer.models.configuration import Depth
+from onelayer.parallel import Parallel
 from onelayer.presets import PRESETS, Device, Precision, changed, preset
 from onelayer.proofs import NETWORKS, STACKS, prove
 from onelayer.training import train
@@ -34,6 +35,7 @@ SETTINGS: tuple[tuple[str, type, str], ...] = (
     ("heads", int, "attention heads"),
     ("context", int, "bytes that the model sees at once"),
     ("batch_size", int, "windows of text in an update"),
+    ("accumulate", int, "parts that each process takes its share of an update in"),
     ("learning_rate", float, "peak of the learning rate"),
     ("max_steps", int, "evaluations of the block allowed to a solve in training"),
     ("rtol", float, "relative residual at which a solve is done"),
@@ -66,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code or 0
     except UsageError as error:
-        print(f"onelayer: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # what is wrong in all processes is said once
+            print(f"onelayer: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("onelayer: interrupted.", file=sys.stderr)
@@ -84,10 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(act=_train)
     command.add_argument("--preset", help=f"{', '.join(PRESETS)}; small where none is given")
     command.add_argument("--data", metavar="PATH", help="a file or folder of text; Python's own source by default")
-    command.add_argument("--run", metavar="FOLDER", help="where to write; runs/<date>-<preset> by default")
+    # torchrun takes --run for an abbreviation of its own, so there is a second name.
+    command.add_argument(
+        "--run", "--out", metavar="FOLDER", help="where to write; runs/<date>-<preset> by default; --out under torchrun"
+    )
     command.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, as it was configured")
     command.add_argument("--model", dest="depth", help=f"one of {', '.join(get_args(Depth))}")
     command.add_argument("--device", help=f"one of {', '.join(get_args(Device))}")
+    command.add_argument("--parallel", help=f"one of {', '.join(get_args(Parallel))}: share each batch under torchrun")
+    command.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     command.add_argument("--precision", help=f"one of {', '.join(get_args(Precision))}")
     for name, kind, description in SETTINGS:
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=description)
@@ -121,7 +129,7 @@ def _train(options: argparse.Namespace) -> None:
         name = "small" if options.preset is None else options.preset
         config = changed(preset(name), values, data)
         run = Path("runs", f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}") if options.run is None else Path(options.run)
-        evaluation = train(config, run, command=options.command)
+        evaluation = train(config, run, False, options.command, options.parallel, options.tensorboard)
     else:
         values |= {name: getattr(options, name) for name in ("preset", "run") if getattr(options, name) is not None}
         if values:
@@ -129,7 +137,10 @@ def _train(options: argparse.Namespace) -> None:
             raise UsageError(f"A resumed run keeps its configuration: leave out --{option}, or start a new run.")
         run = Path(options.resume)
         config, _ = runs.read_config(run)
-        evaluation = train(changed(config, {}, config.data if data is None else data), run, resume=True)
+        config = changed(config, {}, config.data if data is None else data)
+        evaluation = train(config, run, True, options.command, options.parallel, options.tensorboard)
+    if evaluation is None:  # the first process tells
+        return
     _print_evaluation(evaluation)
     print(f"report: {run / 'report.html'}")
 

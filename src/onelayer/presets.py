@@ -11,7 +11,7 @@ from onelayer.errors import UsageError
 from onelayer.models.configuration import ModelConfig
 
 Device = Literal["cpu", "cuda"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float64"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class TrainingConfig:
 
     Attributes:
         steps: updates of the weights; the learning rate falls along a cosine that ends with the last.
-        batch_size: windows of one context in an update.
+        batch_size: windows of one context in an update, those of all processes together.
+        accumulate: parts in which each process takes its share of an update, to hold less at once.
         learning_rate: its peak.
         final_learning_rate: where the cosine ends, as a share of the peak.
         warmup_steps: updates over which the learning rate rises to its peak.
@@ -39,7 +40,8 @@ class TrainingConfig:
         sample_bytes: bytes of text drawn there.
         save_every: updates between checkpoints, and so the most that a killed run loses.
         device: "cpu" or "cuda".
-        precision: of the products with matrices; weights and the state of the solver are always float32.
+        precision: "float32"; "bfloat16" for products with matrices, weights and the state of the solver staying
+            float32; or "float64" for all.
 
     Raises:
         UsageError: at construction, for a value that is not allowed.
@@ -47,6 +49,7 @@ class TrainingConfig:
 
     steps: int = 900
     batch_size: int = 32
+    accumulate: int = 1
     learning_rate: float = 6e-3
     final_learning_rate: float = 0.05
     warmup_steps: int = 30
@@ -67,6 +70,7 @@ class TrainingConfig:
         for name, least in {
             "steps": 1,
             "batch_size": 1,
+            "accumulate": 1,
             "warmup_steps": 0,
             "unrolled_steps": 0,
             "unrolled_layers": 1,

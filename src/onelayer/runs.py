@@ -11,17 +11,30 @@ report.html                 all of it to look at
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from onelayer import checkpoints
-from onelayer.checkpoints import Checkpoint
 from onelayer.corpora import Corpus
 from onelayer.errors import UsageError
 from onelayer.models.language_model import LanguageModel
 from onelayer.presets import RunConfig, from_dict, to_dict
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:
+    SummaryWriter = None
 
 
 def create(run: Path, config: RunConfig, corpus: Corpus, command: str) -> None:
@@ -41,6 +54,29 @@ def create(run: Path, config: RunConfig, corpus: Corpus, command: str) -> None:
         "fingerprint": corpus.fingerprint,
     }
     write_json(run / "config.json", to_dict(config) | {"command": command, "data": data})
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keeps other processes of this machine from training in a run folder, until the block or this process ends.
+
+    >>> with locked(Path("runs/first")):                                        # doctest: +SKIP
+    ...     train()
+
+    Raises:
+        UsageError: another process is training there.
+    """
+    if fcntl is None:
+        yield
+        return
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"Another process is training in {run}: wait until it ends, or stop it.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def new_folder(path: Path, remedy: str) -> None:
@@ -95,24 +131,13 @@ def load_model(run: Path) -> tuple[LanguageModel, RunConfig]:
     """
     config, _ = read_config(run)
     model = LanguageModel(config.model)
-    load_weights(model, checkpoints.read(run / "model.safetensors"), run)
+    model.load_state_dict(load_file(run / "model.safetensors"))
     device = config.training.device if torch.cuda.is_available() else "cpu"
     return model.eval().to(device), config
 
 
-def load_weights(model: LanguageModel, checkpoint: Checkpoint, run: Path) -> None:
-    """Puts the `model.*` tensors of a checkpoint into the model.
-
-    Raises:
-        UsageError: they are of another model.
-    """
-    weights = {
-        name.removeprefix("model."): tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.")
-    }
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError:
-        raise UsageError(f"The weights in {run} do not fit the model in its config.json: restore the two.") from None
+def write_model(run: Path, config: RunConfig, weights: dict[str, Tensor], corpus: Corpus, step: int) -> None:
+    checkpoints.write_bytes(run / "model.safetensors", save(weights))
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -126,28 +151,45 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 class Metrics:
     """`metrics.jsonl`: a line is on disk before the next step starts, and half a line is never read.
 
-    >>> metrics = Metrics(Path("runs/first"), after_step=0)                     # doctest: +SKIP
-    >>> metrics.write({"kind": "train", "step": 1})                             # doctest: +SKIP
+    >>> with Metrics(Path("runs/first"), after_step=0) as metrics:              # doctest: +SKIP
+    ...     metrics.write({"kind": "train", "step": 1})
 
     Args:
         run: the run folder.
         after_step: lines of later steps are dropped, because the run goes on from there.
+        tensorboard: whether numbers are written for TensorBoard too, into `run/tensorboard`.
+
+    Raises:
+        UsageError: TensorBoard is wanted and not installed.
     """
 
-    def __init__(self, run: Path, after_step: int) -> None:
+    def __init__(self, run: Path, after_step: int, tensorboard: bool = False) -> None:
+        if tensorboard and SummaryWriter is None:
+            raise UsageError("TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard.")
         path = run / "metrics.jsonl"
         kept = [line for line in read_metrics(run) if line["step"] <= after_step]
         checkpoints.write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
+        self._board = None
+        if tensorboard and SummaryWriter is not None:
+            # Points of steps that are made again are dropped there too.
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=after_step + 1)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        for name, value in line.items() if self._board is not None else ():
+            if isinstance(value, int | float) and name not in ("step", "seconds") and self._board is not None:
+                self._board.add_scalar(f"{line['kind']}/{name}", value, line["step"])
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

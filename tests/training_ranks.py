@@ -1,0 +1,82 @@
+"""What each of two processes does in the tests of training on several; a light module, as each imports it anew."""
+
+import json
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import equilibria as eq
+from onelayer import checkpoints, corpora, learner
+from onelayer.parallel import Processes, processes
+from onelayer.presets import RunConfig, preset
+
+STEPS, SAVED_AT = 20, 10
+
+
+def some_config(data: Path, **model: Any) -> RunConfig:
+    config = preset("tiny")
+    training = replace(config.training, steps=STEPS, unrolled_steps=2, accumulate=2)
+    return replace(config, data=str(data), model=replace(config.model, **model), training=training)
+
+
+# Everything that could tell one process from two: accumulation, relative positions, a memory that crosses windows, a
+# start that learns, weight normalisation, a vocabulary in clusters; and the plainest, in float64.
+def configs(data: Path) -> dict[str, RunConfig]:
+    plain = some_config(data)
+    options: dict[str, Any] = {"memory": 8, "positions": "relative", "warm_start": True, "cutoffs": (64, 120)}
+    return {
+        "plain": plain,
+        "options": some_config(data, **options),
+        "trellisnet": some_config(data, architecture="trellisnet", weight_norm=True, max_steps=60),
+        "explicit": some_config(data, depth="untied"),
+        "float64": replace(plain, training=replace(plain.training, precision="float64")),
+    }
+
+
+def train(
+    config: RunConfig, group: Processes, folder: Path, resume: Path | None = None
+) -> tuple[list[float], list[int]]:
+    """Losses of all updates, or of those after the checkpoint, and the evaluations that this process made in each."""
+    corpus = corpora.load(config.data)
+    learning = learner.start(config, group)
+    first = 0
+    if resume is not None:
+        learning.load(resume)
+        first = SAVED_AT
+    losses, evaluations = [], []
+    for step in range(first, STEPS):
+        with eq.monitor(learning.model) as reports:
+            losses.append(learner.update(learning, corpus, step)["bits_per_byte"])
+        evaluations.append(sum(report.evaluations for report in reports))
+        if step + 1 == SAVED_AT and resume is None:
+            checkpoints.save(folder, SAVED_AT, learning.tensors(), {"of": "a test"}, group)
+    return losses, evaluations
+
+
+def on_two_processes(data: Path, folder: Path) -> None:
+    """Every configuration under "ddp" and "fsdp2"; what came of it lies in `folder`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, data, folder), nprocs=2)
+
+
+def _process(rank: int, port: int, data: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+    for number, parallel in enumerate(("ddp", "fsdp2")):
+        os.environ["MASTER_PORT"] = str(port + number)
+        with processes(parallel, "cpu", 4, 2) as group:
+            for name, config in configs(data).items():
+                own = folder / name / parallel
+                if group.first:
+                    own.mkdir(parents=True)
+                losses, evaluations = train(config, group, own)
+                again, _ = train(config, group, own, resume=own / f"step-{SAVED_AT:08d}")
+                of_one, _ = train(config, group, own, resume=folder / name / "one" / f"step-{SAVED_AT:08d}")
+                found = {"losses": losses, "again": again, "of_one": of_one, "evaluations": evaluations}
+                (own / f"found-{rank}.json").write_text(json.dumps(found))
