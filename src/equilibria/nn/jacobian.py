@@ -6,9 +6,12 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from equilibria.options import check_callable
 from equilibria.precision import precise
+from equilibria.problem.linearization import leaf_at, recording
 from equilibria.transforms import transformed
 
 
@@ -28,13 +31,13 @@ def jacobian_penalty(f: Callable[[Any], Any], z: Any) -> Tensor:
 
     Returns:
         A scalar, float32 at least, the mean over samples and entries of the squared product of one random Gaussian
-        vector, drawn from the global generator, with the transposed Jacobian. Backward through it takes second
-        derivatives of `f`.
+        vector, drawn from the global generator, with the transposed Jacobian; 0 for an empty batch. Backward through it
+        takes second derivatives of `f`, which a compiled function has none of.
 
     Raises:
         TypeError: `z` is not made of floating tensors.
         ValueError: `f` changes the structure or a shape of the state, its result has no graph that leads to the state,
-            a `torch.func` transform is open, or the state has no entries.
+            or a `torch.func` transform is open.
 
     Source: Bai, Koltun and Kolter (2021), Stabilizing equilibrium models by Jacobian regularization, equation 6, after
     Hutchinson (1990).
@@ -43,13 +46,15 @@ def jacobian_penalty(f: Callable[[Any], Any], z: Any) -> Tensor:
     leaves, structure = pytree.tree_flatten(z)
     if not leaves or not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
         raise TypeError(f"The state must be made of floating tensors; {z!r:.60} is not.")
-    size = sum(leaf.numel() for leaf in leaves)
-    if size == 0:
-        raise ValueError("The state has no entries to take a mean over: leave the penalty out for an empty batch.")
+    size = max(sum(leaf.numel() for leaf in leaves), 1)
     if transformed():
         raise ValueError("jacobian_penalty takes ordinary gradients on the way: call it outside of torch.func.")
-    with torch.enable_grad():
-        inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+    # Fused attention has no second derivative, so that its plain form stands in. An activation checkpoint around would
+    # run all that it holds anew for the gradient in here, so that this one evaluation keeps its tensors itself:
+    # detached, since a graph that holds an output of its own is never freed.
+    keeps = saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
+    with recording(), keeps, sdpa_kernel(SDPBackend.MATH):
+        inputs = [leaf_at(leaf) for leaf in leaves]
         outputs, found = pytree.tree_flatten(f(pytree.tree_unflatten(inputs, structure)))
         shapes = [tuple(leaf.shape) for leaf in inputs], [tuple(leaf.shape) for leaf in outputs]
         if found != structure or shapes[0] != shapes[1]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import equilibria as eq
 from onelayer.errors import UsageError
@@ -167,6 +166,5 @@ class Depth(nn.Module):
             return None
         if float(torch.rand(())) >= config.jacobian_share:
             return None
-        # Fused attention has no second derivatives, and neither have compiled blocks, which `forward` passes by.
-        with sdpa_kernel(SDPBackend.MATH):
-            return eq.nn.jacobian_penalty(lambda z: self.block.forward(z, x, context), z)
+        # `forward` passes by what `block.compile()` has made, which has no second derivatives.
+        return eq.nn.jacobian_penalty(lambda z: self.block.forward(z, x, context), z)

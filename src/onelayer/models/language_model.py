@@ -142,7 +142,8 @@ class LanguageModel(nn.Module):
         logits, losses = self._unembed(hidden, targets)
         penalty = _wide(hidden.new_zeros(()))
         if self.training and guess is not None:
-            penalty = penalty + _wide(guess - result.z.detach()).square().mean()
+            apart = _wide(guess - result.z.detach()).square()
+            penalty = penalty + apart.sum() / max(apart.numel(), 1)  # the mean, also of an empty batch
         if result.penalty is not None:
             penalty = penalty + self.config.jacobian_weight * result.penalty
         kept = self._keep(x, result.entered, memory) if self.config.memory else None
