@@ -106,25 +106,48 @@ class DEQ(nn.Module):
         self.readout = readout
         self._told: set[tuple[str, Status]] = set()
 
-    def forward(self, *inputs: Any, z0: Any = None, state: WarmStart | None = None, **keywords: Any) -> Any:
+    def forward(
+        self,
+        *inputs: Any,
+        z0: Any = None,
+        state: WarmStart | None = None,
+        max_steps: int | None = None,
+        **keywords: Any,
+    ) -> Any:
         """The equilibrium for `inputs`, through `readout` where there is one.
 
         Args:
             inputs, keywords: passed on to the cell.
             z0: start, in place of the cell's or zeros.
             state: `Solution.state` of an earlier call on the same shapes, to start from.
+            max_steps: evaluations of the cell allowed to this call, in place of the layer's.
         """
-        value = self.solve(*inputs, z0=z0, state=state, **keywords).value
+        value = self.solve(*inputs, z0=z0, state=state, max_steps=max_steps, **keywords).value
         return value if self.readout is None else self.readout(value)
 
-    def solve(self, *inputs: Any, z0: Any = None, state: WarmStart | None = None, **keywords: Any) -> Solution:
+    def solve(
+        self,
+        *inputs: Any,
+        z0: Any = None,
+        state: WarmStart | None = None,
+        max_steps: int | None = None,
+        **keywords: Any,
+    ) -> Solution:
         """The whole `eq.Solution` for `inputs`; the arguments are those of a call."""
-        return self._solve(inputs, keywords, z0, state)
+        return self._solve(inputs, keywords, z0, state, max_steps)
 
     @uncompiled
-    def _solve(self, inputs: tuple[Any, ...], keywords: dict[str, Any], z0: Any, state: WarmStart | None) -> Solution:
+    def _solve(
+        self,
+        inputs: tuple[Any, ...],
+        keywords: dict[str, Any],
+        z0: Any,
+        state: WarmStart | None,
+        max_steps: int | None,
+    ) -> Solution:
         self._refuse_what_cannot_work()
-        max_steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
+        if max_steps is None:
+            max_steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
         # Options of a layer are often changed after it was made.
         check_options(
             self.solver, self.adjoint, self.rtol, self.atol, max_steps, self.norm, self.batch_dims, self.on_failure

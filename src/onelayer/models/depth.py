@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import equilibria as eq
 from onelayer.errors import UsageError
 from onelayer.models.configuration import ModelConfig
+from onelayer.models.weights import Prepared
 from onelayer.models.window import Memory, Slot, Window, window
 
 
@@ -82,7 +82,7 @@ class Depth(nn.Module):
     def forward(
         self,
         x: Tensor,
-        window: Window,
+        frame: Window,
         past: tuple[Slot, ...] | None = None,
         memory: Memory | None = None,
         start: Tensor | None = None,
@@ -94,65 +94,71 @@ class Depth(nn.Module):
 
         Args:
             x: embedded tokens `(batch, time, width)`.
-            window: of the tokens.
+            frame: window of the tokens.
             past: what the tokens before left in each slot.
             memory: or the segment before, from which that is worked out with today's weights.
             start: of the solve, `(batch, time, state width)`; zeros where there is none.
-            max_steps: evaluations of the block allowed to the solve, instead of the configuration's; such a solve is
-                not seen by `eq.monitor`.
+            max_steps: evaluations of the block allowed to the solve, instead of the configuration's.
             unrolled: plain applications of the block of an equilibrium model, instead of a solve.
             remember: whether keys and values are wanted.
+
+        Raises:
+            UsageError: `max_steps` or `unrolled` without an equilibrium, or both of them.
         """
-        zeros = x.new_zeros(*x.shape[:2], self.block.state_width)
+        if self.layer is None and (max_steps is not None or unrolled is not None):
+            raise UsageError(
+                f"max_steps is for equilibrium models, and this one has {self.config.layers} layers: leave it out."
+            )
+        if max_steps is not None and unrolled is not None:
+            raise UsageError("max_steps is for solves, and there is none of an unrolled block: give one of the two.")
+        prepared = [block.prepare(x) for block in self.all_blocks]
         if memory is not None:
-            past = self._remembered(memory)
+            past = self._remembered(memory, prepared)
+        frame = self.block.place(frame, x.dtype)
+        zeros = x.new_zeros(*x.shape[:2], self.block.state_width)
         if self.layer is None:
-            if max_steps is not None or unrolled is not None:
-                raise UsageError(
-                    f"max_steps is for equilibrium models, and this one has {self.config.layers} layers: leave it out."
-                )
-            return self._stack(x, window, past, zeros, remember)
+            return self._stack(x, frame, prepared, past, zeros, remember)
         cell = self.block
-        context = cell.context(x, window, None if past is None else past[0])
+        context = cell.context(x, frame, prepared[0], None if past is None else past[0])
         if unrolled is not None:
             z, solution = zeros, None
             for _ in range(unrolled):
                 z = cell(z, x, context)
         else:
-            layer = self.layer if max_steps is None else self._allowed(max_steps)
-            solution = layer.solve(x, context, z0=zeros if start is None else start.to(zeros.dtype))
+            z0 = zeros if start is None else start.to(zeros.dtype)
+            solution = self.layer.solve(x, context, z0=z0, max_steps=max_steps)
             z = solution.value
         left = (cell.remember(z, x, context),) if remember else ()
         return Result(z, (z,), left, self._penalty(z, x, context), solution)
 
-    def _stack(self, x: Tensor, window: Window, past: tuple[Slot, ...] | None, z: Tensor, remember: bool) -> Result:
-        entered, left = [], []
-        contexts = {}
-        blocks = self.all_blocks
+    def _stack(
+        self,
+        x: Tensor,
+        frame: Window,
+        prepared: list[Prepared],
+        past: tuple[Slot, ...] | None,
+        z: Tensor,
+        remember: bool,
+    ) -> Result:
+        entered, left, blocks, context = [], [], self.all_blocks, None
         for k in range(self.config.layers):
-            block = blocks[k % len(blocks)]
-            if past is not None or block not in contexts:
-                contexts[block] = block.context(x, window, None if past is None else past[k])
+            block, own = blocks[k % len(blocks)], prepared[k % len(blocks)]
+            if context is None or len(blocks) > 1 or past is not None:
+                context = block.context(x, frame, own, None if past is None else past[k])
             entered.append(z)
             if remember:
-                left.append(block.remember(z, x, contexts[block]))
-            z = block(z, x, contexts[block])
+                left.append(block.remember(z, x, context))
+            z = block(z, x, context)
         return Result(z, tuple(entered), tuple(left), None, None)
 
-    def _remembered(self, memory: Memory) -> tuple[Slot, ...]:
-        before = window(memory.x.shape[1], memory.x.device)
+    def _remembered(self, memory: Memory, prepared: list[Prepared]) -> tuple[Slot, ...]:
+        before = self.block.place(window(memory.x.shape[1], memory.x.device), memory.x.dtype)
         blocks = self.all_blocks
         slots = []
         for k, state in enumerate(memory.states):
-            block = blocks[k % len(blocks)]
-            slots.append(block.remember(state, memory.x, block.context(memory.x, before)))
+            block, own = blocks[k % len(blocks)], prepared[k % len(blocks)]
+            slots.append(block.remember(state, memory.x, block.context(memory.x, before, own)))
         return tuple(slots)
-
-    def _allowed(self, max_steps: int) -> eq.DEQ:
-        layer = self.layer
-        assert layer is not None
-        options = {"solver": layer.solver, "adjoint": layer.adjoint, "rtol": layer.rtol, "norm": layer.norm}
-        return eq.DEQ(layer.cell, **options, max_steps=max_steps, on_failure="ignore")  # pyright: ignore
 
     def _penalty(self, z: Tensor, x: Tensor, context: Any) -> Tensor | None:
         config = self.config
@@ -160,5 +166,5 @@ class Depth(nn.Module):
             return None
         if float(torch.rand(())) >= config.jacobian_share:
             return None
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivatives
-            return eq.nn.jacobian_penalty(lambda z: self.block(z, x, context), z)
+        # `forward` passes by what `block.compile()` has made, which has no second derivatives.
+        return eq.nn.jacobian_penalty(lambda z: self.block.forward(z, x, context), z)

@@ -26,7 +26,7 @@ class Output(NamedTuple):
 
     Attributes:
         logits: of the token after each, `(batch, time, vocabulary)`; `None` where targets were given.
-        losses: cross entropy of each target in nats, float32 `(batch, time)`; `None` where there were none.
+        losses: cross entropy of each target in nats, `(batch, time)`, float32 at least; `None` where there were none.
         penalty: what training adds to the mean loss, a scalar; 0 where there is nothing to add.
         state: of each token, `(batch, time, state width)`.
         left: keys and values for later tokens, for each slot; empty where they were not asked for.
@@ -114,9 +114,12 @@ class LanguageModel(nn.Module):
             remember: whether `left` is wanted.
 
         Raises:
-            UsageError: `max_steps` or `unrolled` for a model without equilibrium, or a token outside the vocabulary.
+            UsageError: `max_steps` or `unrolled` for a model without equilibrium, options that exclude each other, or a
+                token outside the vocabulary.
         """
         self._check(tokens)
+        if past is not None and memory is not None:
+            raise UsageError("past and memory are two ways to look back: give one of them.")
         stored = 0
         if past is not None:
             stored = past[0][0].shape[2]
@@ -128,14 +131,19 @@ class LanguageModel(nn.Module):
         if frame.real is not None:
             x = torch.where(frame.real, x, 0)
         guess = None if self.guess is None else self.guess(tokens)
+        if guess is not None and frame.real is not None:
+            guess = torch.where(frame.real, guess, 0)
         if start is None and guess is not None:
-            start = guess.detach() if frame.real is None else torch.where(frame.real, guess.detach(), 0)
+            start = guess.detach()
+        if start is not None and frame.real is not None:
+            start = torch.where(frame.real, start, 0)
         result = self.depth(x, frame, past, memory, start, max_steps, unrolled, remember)
         hidden = self.norm(self.depth.block.read(result.z))
         logits, losses = self._unembed(hidden, targets)
-        penalty = hidden.new_zeros((), dtype=torch.float32)
+        penalty = _wide(hidden.new_zeros(()))
         if self.training and guess is not None:
-            penalty = penalty + (guess - result.z.detach()).float().square().mean()
+            apart = _wide(guess - result.z.detach()).square()
+            penalty = penalty + apart.sum() / max(apart.numel(), 1)  # the mean, also of an empty batch
         if result.penalty is not None:
             penalty = penalty + self.config.jacobian_weight * result.penalty
         kept = self._keep(x, result.entered, memory) if self.config.memory else None
@@ -161,13 +169,13 @@ class LanguageModel(nn.Module):
             logits = F.linear(hidden, self.embedding.weight)
             if targets is None:
                 return logits, None
-            losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+            losses = F.cross_entropy(_wide(logits).flatten(0, 1), targets.flatten(), reduction="none")
             return None, losses.view(targets.shape)
         with torch.autocast(hidden.device.type, enabled=False):  # it copies between dtypes that autocast makes unequal
-            shape, hidden = hidden.shape[:2], hidden.flatten(0, 1).float()
+            shape, hidden = hidden.shape[:2], hidden.flatten(0, 1).to(self.adaptive.head.weight.dtype)
             if targets is None:
                 return self.adaptive.log_prob(hidden).unflatten(0, shape), None
-            losses = -self.adaptive(hidden, targets.flatten()).output
+            losses = -_wide(self.adaptive(hidden, targets.flatten()).output)
             # Clusters that no target fell in take part too, as data parallelism expects of every parameter.
             losses = losses + 0 * sum(parameter.sum() for parameter in self.adaptive.parameters())
         return None, losses.view(targets.shape)
@@ -178,6 +186,10 @@ class LanguageModel(nn.Module):
             x = torch.cat([memory.x.to(x.dtype), x], dim=1)
             entered = tuple(torch.cat(pair, dim=1) for pair in zip(memory.states, entered, strict=True))
         return Memory(x[:, -size:].detach(), tuple(state[:, -size:].detach() for state in entered))
+
+
+def _wide(a: Tensor) -> Tensor:
+    return a.to(torch.promote_types(a.dtype, torch.float32))  # sums in half precision lose digits
 
 
 def bits(losses: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import equilibria as eq
 from onelayer.models.configuration import ModelConfig
-from onelayer.models.weights import Linear
+from onelayer.models.weights import Linear, Prepared, mask, masked
 from onelayer.models.window import Slot, Window
 
 GATE = 0.5  # LayerScale of both branches at the start; 0.1 learns more slowly (docs/log.md)
@@ -24,17 +24,15 @@ class Context(NamedTuple):
     """What stays the same at every evaluation of the block in a forward.
 
     Attributes:
-        weights: matrices of the four linear maps, in the order in which they are applied.
+        prepared: matrices of the linear maps, in the order in which they are applied, and masks of the two branches.
         past: keys and values of the tokens before.
-        rotation: cosines and sines of rotary positions.
-        relative: keys of distances `(heads, distances, size)`, and the distance of each pair `(time, stored + time)`.
-        window: of the tokens.
+        distances: keys of distances `(heads, distances, size)`, where positions are relative.
+        window: of the tokens, with the tables of their positions.
     """
 
-    weights: tuple[Tensor, Tensor, Tensor, Tensor]
+    prepared: Prepared
     past: Slot | None
-    rotation: tuple[Tensor, Tensor] | None
-    relative: tuple[Tensor, Tensor] | None
+    distances: Tensor | None
     window: Window
 
 
@@ -50,7 +48,8 @@ class TransformerBlock(nn.Module):
     >>> from onelayer.models.window import window
     >>> block = TransformerBlock(ModelConfig(width=64, heads=2))
     >>> x = torch.randn(3, 10, 64)
-    >>> block(torch.zeros_like(x), x, block.context(x, window(10, x.device))).shape
+    >>> context = block.context(x, block.place(window(10, x.device), x.dtype), block.prepare(x))
+    >>> block(torch.zeros_like(x), x, context).shape
     torch.Size([3, 10, 64])
 
     Args:
@@ -73,40 +72,55 @@ class TransformerBlock(nn.Module):
         self.expand = Linear(width, 4 * width, config.weight_norm)
         self.contract = Linear(4 * width, width, config.weight_norm)
         self.output_norm = nn.RMSNorm(width)
-        self.gates = nn.Parameter(torch.full((2, width), GATE)) if config.block == "subtracted" else None
-        self.relative = RelativePositions(width, config.heads) if config.positions == "relative" else None
-        self.dropout = eq.nn.VariationalDropout(config.dropout, shared_dims=1)
+        subtracted = config.block == "subtracted"
+        self.attention_gate = nn.Parameter(torch.full((width,), GATE)) if subtracted else None
+        self.feed_forward_gate = nn.Parameter(torch.full((width,), GATE)) if subtracted else None
+        self.relative = RelativePositions(config) if config.positions == "relative" else None
+        self.dropout = eq.nn.VariationalDropout(config.dropout)
 
-    def context(self, x: Tensor, window: Window, past: Slot | None = None) -> Context:
-        """What stays the same at every evaluation, evaluated once.
+    def prepare(self, x: Tensor) -> Prepared:
+        """Matrices and masks for a forward on embedded tokens `x`, `(batch, time, width)`."""
+        maps = [self.query_key_value, self.attention_output, self.expand, self.contract]
+        if self.relative is not None:
+            maps.append(self.relative.project)
+        masks = tuple(mask(self.dropout, x, x.shape[2]) for _ in range(2))
+        return Prepared(tuple(part.matrix() for part in maps), masks)
+
+    def place(self, window: Window, dtype: torch.dtype) -> Window:
+        """The window with tables of its positions: rotations of queries and keys, or waves of distances."""
+        if self.relative is not None:
+            return window._replace(tables=self.relative.tables(window, dtype))
+        return window._replace(tables=rotary(window.positions, self.query_key_value.columns // self.heads, dtype))
+
+    def context(self, x: Tensor, window: Window, prepared: Prepared, past: Slot | None = None) -> Context:
+        """What stays the same at every evaluation.
 
         Args:
             x: embedded tokens `(batch, time, width)`.
-            window: of the tokens.
+            window: of the tokens, from `place`.
+            prepared: what `prepare` returned.
             past: what the tokens before left in the slot of this application.
         """
-        maps = (self.query_key_value, self.attention_output, self.expand, self.contract)
-        size = x.shape[-1] // self.heads
-        rotation = rotary(window.positions, size, x.dtype) if self.relative is None else None
-        relative = None if self.relative is None else self.relative.keys(window, x.dtype)
-        one, two, three, four = (part.matrix() for part in maps)
-        return Context((one, two, three, four), past, rotation, relative, window)
+        distances = None if self.relative is None else self.relative.keys(window, prepared.matrices[4])
+        return Context(prepared, past, distances, window)
 
     def forward(self, z: Tensor, x: Tensor, context: Context) -> Tensor:
         """One application: states `(batch, time, width)` to the same."""
         u = z + x
-        if self.gates is None:
-            u = self.attention_norm(u + self.dropout(self._attention(u, context)))
-            out = self.output_norm(u + self.dropout(self._feed_forward(u, context)))
+        one, two = context.prepared.masks
+        if self.attention_gate is None or self.feed_forward_gate is None:
+            u = self.attention_norm(u + masked(self._attention(u, context), one))
+            out = self.output_norm(u + masked(self._feed_forward(u, context), two))
         else:
-            mixed = self.gates[0] * self.dropout(self._attention(self.attention_norm(u), context))
-            out = x + mixed + self.gates[1] * self.dropout(self._feed_forward(self.output_norm(u + mixed), context))
+            mixed = self.attention_gate * masked(self._attention(self.attention_norm(u), context), one)
+            fed = self._feed_forward(self.output_norm(u + mixed), context)
+            out = x + mixed + self.feed_forward_gate * masked(fed, two)
         return out if context.window.real is None else torch.where(context.window.real, out, 0)
 
     def remember(self, z: Tensor, x: Tensor, context: Context) -> Slot:
         """Keys and values that tokens in the state `z` have for later ones, `(batch, heads, time, size)` each."""
         u = z + x
-        return self._heads(u if self.gates is None else self.attention_norm(u), context)[1:]
+        return self._heads(u if self.attention_gate is None else self.attention_norm(u), context)[1:]
 
     def read(self, z: Tensor) -> Tensor:
         """The hidden state that logits are read off."""
@@ -114,12 +128,12 @@ class TransformerBlock(nn.Module):
 
     def _heads(self, u: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         batch, time, width = u.shape
-        projected = F.linear(u, context.weights[0])
+        projected = F.linear(u, context.prepared.matrices[0])
         q, k, v = projected.view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         # Queries and keys of unit size bound the attention scores, and with them how much the block can expand.
         q, k = (F.rms_norm(a, a.shape[-1:]) for a in (q, k))
-        if context.rotation is not None:
-            q, k = (rotate(a, *context.rotation) for a in (q, k))
+        if self.relative is None:
+            q, k = (rotate(a, *context.window.tables) for a in (q, k))
         return q.to(v.dtype), k.to(v.dtype), v
 
     def _attention(self, u: Tensor, context: Context) -> Tensor:
@@ -127,52 +141,58 @@ class TransformerBlock(nn.Module):
         if context.past is not None:
             k, v = (torch.cat([old.to(new.dtype), new], dim=2) for old, new in zip(context.past, (k, v), strict=True))
         mask, causal = context.window.mask, context.window.causal
-        if self.relative is not None and context.relative is not None:
-            q, mask = self.relative.bias(q, *context.relative, mask, causal)
+        if self.relative is not None and context.distances is not None:
+            q, mask = self.relative.bias(q, context.distances, context.window)
             causal = False
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return F.linear(mixed.transpose(1, 2).flatten(2), context.weights[1])
+        return F.linear(mixed.transpose(1, 2).flatten(2), context.prepared.matrices[1])
 
     def _feed_forward(self, u: Tensor, context: Context) -> Tensor:
-        return F.linear(F.gelu(F.linear(u, context.weights[2])), context.weights[3])
+        return F.linear(F.gelu(F.linear(u, context.prepared.matrices[2])), context.prepared.matrices[3])
 
 
 class RelativePositions(nn.Module):
     """Attention scores that know the distance of a pair: `(q + a) . k + (q + b) . r(distance)`.
 
+    >>> RelativePositions(ModelConfig(width=64, heads=2)).project.weight.shape
+    torch.Size([64, 64])
+
     Args:
-        width: entries of a token's state.
-        heads: attention heads.
+        config: width, heads and weight normalisation.
 
     Source: Dai et al., "Transformer-XL", 2019 (arXiv:1901.02860), section 3.3.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.project = Linear(width, width)
-        self.biases = nn.Parameter(torch.zeros(2, heads, 1, width // heads))
+        self.heads = config.heads
+        self.project = Linear(config.width, config.width, config.weight_norm)
+        self.content_bias = nn.Parameter(torch.zeros(config.width))
+        self.distance_bias = nn.Parameter(torch.zeros(config.width))
 
-    def keys(self, window: Window, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys of all distances in a window `(heads, distances, size)`, and the distance of each pair."""
+    def tables(self, window: Window, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Waves of all distances in a window `(distances, width)`, and the distance of each pair."""
         distances = (window.positions[:, None] - window.seen).clamp(min=0)
-        width = self.project.in_features
-        tables = rotary(torch.arange(window.offset + window.time, device=window.device), width, dtype)
-        table = torch.cat([half[:, : width // 2] for half in tables], dim=1)
-        keys = F.linear(table, self.project.matrix())
-        return keys.view(len(table), self.heads, -1).transpose(0, 1), distances
+        width = self.project.columns
+        cosine, sine = rotary(torch.arange(window.offset + window.time, device=window.device), width, dtype)
+        return torch.cat([sine[:, : width // 2], cosine[:, : width // 2]], dim=1), distances
 
-    def bias(
-        self, q: Tensor, keys: Tensor, distances: Tensor, mask: Tensor | None, causal: bool
-    ) -> tuple[Tensor, Tensor]:
+    def keys(self, window: Window, matrix: Tensor) -> Tensor:
+        """Keys of all distances, `(heads, distances, size)`."""
+        return F.linear(window.tables[0], matrix).unflatten(1, (self.heads, -1)).transpose(0, 1)
+
+    def bias(self, q: Tensor, keys: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """The queries that meet keys, and what to add to the scaled scores of each pair."""
-        scores = torch.matmul(q + self.biases[1].to(q.dtype), keys.to(q.dtype).transpose(1, 2)) * q.shape[-1] ** -0.5
+        a, b = (bias.to(q.dtype).view(self.heads, 1, -1) for bias in (self.content_bias, self.distance_bias))
+        distances = window.tables[1]
+        scores = torch.matmul(q + b, keys.to(q.dtype).transpose(1, 2)) * q.shape[-1] ** -0.5
         scores = scores.gather(-1, distances.expand(*scores.shape[:-1], -1))
-        if causal:
+        mask = window.mask
+        if window.causal:
             mask = torch.ones(distances.shape, dtype=torch.bool, device=q.device).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        return q + self.biases[0].to(q.dtype), scores
+        return q + a, scores
 
 
 def rotary(positions: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import equilibria as eq
 from onelayer.models.configuration import ModelConfig
-from onelayer.models.weights import Linear
+from onelayer.models.weights import Linear, Prepared, mask, masked
 from onelayer.models.window import Slot, Window
 
 
@@ -22,13 +22,14 @@ class Context(NamedTuple):
     """What stays the same at every evaluation of the block in a forward.
 
     Attributes:
-        weight: the convolution of the state, `(4 width, kernel * width)`.
-        injected: the convolution of the text with its bias, `(batch, time, 4 width)`.
+        prepared: the convolution of the state `(4 width, kernel * width)`, that of the text, and the mask of what the
+            former reads.
+        injected: the text convolved, with the bias, `(batch, time, 4 width)`.
         before: states of the `kernel - 1` tokens before the first, `(batch, kernel - 1, 2 width)`.
         window: of the tokens.
     """
 
-    weight: Tensor
+    prepared: Prepared
     injected: Tensor
     before: Tensor
     window: Window
@@ -40,14 +41,15 @@ class TrellisBlock(nn.Module):
     >>> from onelayer.models.window import window
     >>> block = TrellisBlock(ModelConfig(architecture="trellisnet", width=64))
     >>> x = torch.randn(3, 10, 64)
-    >>> block(torch.zeros(3, 10, 128), x, block.context(x, window(10, x.device))).shape
+    >>> context = block.context(x, block.place(window(10, x.device), x.dtype), block.prepare(x))
+    >>> block(torch.zeros(3, 10, 128), x, context).shape
     torch.Size([3, 10, 128])
 
     Args:
         config: width, kernel, dropout and weight normalisation.
 
-    Source: Bai, Kolter and Koltun, "Trellis Networks for Sequence Modeling", 2019 (arXiv:1810.06682), equations 1 to 3
-    and section 4.3.
+    Source: Bai, Kolter and Koltun, "Trellis Networks for Sequence Modeling", 2019 (arXiv:1810.06682): the network, and
+    the activation with the gates of an LSTM; as an equilibrium, "Deep Equilibrium Models", 2019 (arXiv:1909.01377).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -58,14 +60,23 @@ class TrellisBlock(nn.Module):
         self.state = Linear(self.kernel * width, 4 * width, config.weight_norm)
         self.input = Linear(self.kernel * width, 4 * width, config.weight_norm)
         self.bias = nn.Parameter(torch.zeros(4 * width))
-        self.dropout = eq.nn.VariationalDropout(config.dropout, shared_dims=1)
+        self.dropout = eq.nn.VariationalDropout(config.dropout)
 
-    def context(self, x: Tensor, window: Window, past: Slot | None = None) -> Context:
-        """What stays the same at every evaluation, evaluated once.
+    def prepare(self, x: Tensor) -> Prepared:
+        """Matrices and masks for a forward on embedded tokens `x`, `(batch, time, width)`."""
+        return Prepared((self.state.matrix(), self.input.matrix()), (mask(self.dropout, x, x.shape[2]),))
+
+    def place(self, window: Window, dtype: torch.dtype) -> Window:
+        """The window as it is: a convolution knows no positions."""
+        return window
+
+    def context(self, x: Tensor, window: Window, prepared: Prepared, past: Slot | None = None) -> Context:
+        """What stays the same at every evaluation.
 
         Args:
             x: embedded tokens `(batch, time, width)`.
             window: of the tokens.
+            prepared: what `prepare` returned.
             past: what the tokens before left in the slot of this application: their states and their `x`.
         """
         span = self.kernel - 1
@@ -73,19 +84,21 @@ class TrellisBlock(nn.Module):
             states, texts = x.new_zeros(len(x), span, self.state_width), x.new_zeros(len(x), span, x.shape[2])
         else:
             states, texts = (F.pad(old[:, 0, : window.offset], (0, 0, span, 0))[:, -span:] for old in past)
-        injected = F.linear(self._side_by_side(texts.to(x.dtype), x), self.input.matrix()) + self.bias
-        return Context(self.state.matrix(), injected, states, window)
+        injected = F.linear(self._side_by_side(texts.to(x.dtype), x), prepared.matrices[1]) + self.bias
+        return Context(prepared, injected, states, window)
 
     def forward(self, z: Tensor, x: Tensor, context: Context) -> Tensor:
         """One application: states `(batch, time, 2 width)` to the same."""
-        before = context.before.to(z.dtype)
-        (h, c), (h_before, c_before) = z.chunk(2, dim=-1), before.chunk(2, dim=-1)
-        gates = context.injected + F.linear(self._side_by_side(h_before, h), context.weight)
+        (shown, carried), (shown_before, carried_before) = (
+            states.chunk(2, dim=-1) for states in (z, context.before.to(z.dtype))
+        )
+        (factors,) = context.prepared.masks
+        read = self._side_by_side(masked(shown_before, factors), masked(shown, factors))
+        gates = context.injected + F.linear(read, context.prepared.matrices[0])
         let_in, keep, show, new = gates.chunk(4, dim=-1)
-        previous = torch.cat([c_before[:, -1:], c], dim=1)[:, :-1]
-        c = keep.sigmoid() * previous + let_in.sigmoid() * new.tanh()
-        h = self.dropout(show.sigmoid() * c.tanh())
-        out = torch.cat([h, c], dim=-1)
+        previous = torch.cat([carried_before[:, -1:], carried], dim=1)[:, :-1]
+        carried = keep.sigmoid() * previous + let_in.sigmoid() * new.tanh()
+        out = torch.cat([show.sigmoid() * carried.tanh(), carried], dim=-1)
         return out if context.window.real is None else torch.where(context.window.real, out, 0)
 
     def remember(self, z: Tensor, x: Tensor, context: Context) -> Slot:

@@ -34,6 +34,7 @@ class Window(NamedTuple):
             is stored and all tokens up to its own.
         real: bool `(batch, time, 1)`, False for padding; `None` where there is none.
         device: of the tokens.
+        tables: what a block adds that depends on positions alone, so that all its applications share it.
     """
 
     time: int
@@ -42,6 +43,7 @@ class Window(NamedTuple):
     mask: Tensor | None
     real: Tensor | None
     device: torch.device
+    tables: tuple[Tensor, ...] = ()
 
     @property
     def positions(self) -> Tensor:
