@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from onelayer import checkpoints, corpora, runs
 from onelayer.checkpoints import Checkpoint
-from onelayer.corpora import Corpus
 from onelayer.errors import UsageError
 from onelayer.evaluation import evaluate, measure, peak_memory_bytes
 from onelayer.models.language_model import LanguageModel, bits
+from onelayer.prepared import Corpus
 from onelayer.presets import RunConfig, TrainingConfig
 from onelayer.report import write_report
 
@@ -48,14 +48,11 @@ def train(config: RunConfig, run: Path, resume: bool = False, command: str = "on
         UsageError: the data, the folder or the configuration will not do, or training diverged.
         KeyboardInterrupt: the run was interrupted, and has been saved.
     """
-    corpus = corpora.load(config.data)
-    corpora.require(corpus, config.model.context)
     training, device = config.training, config.training.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("There is no CUDA device on this machine: choose the device cpu or the preset small.")
-    start = _last_save(run, corpus) if resume else None
-    if start is None:
-        runs.create(run, config, corpus, command)
+    corpus = runs.same_corpus(run, config) if resume else runs.create(run, config, command)
+    start = _last_save(run) if resume else None
 
     torch.manual_seed(training.seed)
     model = LanguageModel(config.model).to(device)
@@ -107,7 +104,7 @@ def train_step(
 ) -> dict[str, Any]:
     """One update of the weights.
 
-    >>> train_step(model, optimizer, preset("small"), corpora.load(), step=0)["bits_per_byte"]   # doctest: +SKIP
+    >>> train_step(model, optimizer, preset("small"), corpus, step=0)["bits_per_byte"]   # doctest: +SKIP
     8.4
 
     Args:
@@ -197,10 +194,7 @@ def learning_rate_at(step: int, training: TrainingConfig) -> float:
     return training.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def _last_save(run: Path, corpus: Corpus) -> Checkpoint:
-    _, fingerprint = runs.read_config(run)
-    if corpus.fingerprint != fingerprint:
-        raise UsageError(f"{run} was trained on other data than {corpus.name}: give the same data, or start a new run.")
+def _last_save(run: Path) -> Checkpoint:
     start, complaints = checkpoints.newest(run / "checkpoints")
     for complaint in complaints:
         print(f"{complaint} Going on from step {start.facts['step']}.", file=sys.stderr)
