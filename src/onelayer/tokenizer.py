@@ -131,10 +131,10 @@ class Tokenizer:
             UsageError: an id is not of the vocabulary.
         """
         values = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
-        if values.size and not 0 <= int(values.min()) <= int(values.max()) < self.vocabulary:
+        wrong = values[(values < 0) | (values >= self.vocabulary)]
+        if wrong.size:
             raise UsageError(
-                f"Token {int(values.max())} is not of this tokenizer, which has {self.vocabulary:,} of them: "
-                "use the tokenizer that the model was trained with."
+                f"Token {wrong[0]} is not of this tokenizer, which has {self.vocabulary:,}: use that of the model."
             )
         if self._encoder is None:
             return values.astype(np.uint8).tobytes()
