@@ -1,4 +1,4 @@
-"""The command line: onelayer train | generate | evaluate | prove."""
+"""The command line: onelayer tokenize | train | generate | evaluate | prove."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NoReturn, get_args
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from onelayer import corpora, runs
+from onelayer import corpora, runs, tokenizer
 from onelayer.errors import UsageError
 from onelayer.evaluation import Measurement, measure
 from onelayer.generation import decode, generate
@@ -41,6 +42,8 @@ SETTINGS: tuple[tuple[str, type, str], ...] = (
     ("rtol", float, "relative residual at which a solve is done"),
     ("save_every", int, "updates between saves"),
 )
+
+DATA = "a file or folder of text, hf:owner/name of Hugging Face, or a folder made by onelayer tokenize"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,10 +86,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="onelayer", description="Language models whose whole depth is the equilibrium of one layer.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    command = commands.add_parser("tokenize", help="turn text into tokens once, for many runs to train on")
+    command.set_defaults(act=_tokenize)
+    command.add_argument("--data", metavar="PATH", help=f"{DATA}; Python's own source by default")
+    command.add_argument("--out", required=True, metavar="FOLDER", help="where the tokens go; give it as --data then")
+    tokens = command.add_mutually_exclusive_group()
+    tokens.add_argument("--vocabulary", type=int, metavar="N", help="learn so many byte pairs; 256, bytes, by default")
+    tokens.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json of a byte-level BPE")
+
     command = commands.add_parser("train", help="train a model, evaluate it, write a report")
     command.set_defaults(act=_train)
     command.add_argument("--preset", help=f"{', '.join(PRESETS)}; small where none is given")
-    command.add_argument("--data", metavar="PATH", help="a file or folder of text; Python's own source by default")
+    command.add_argument("--data", metavar="PATH", help=f"{DATA}; Python's own source by default")
     # torchrun takes --run for an abbreviation of its own, so there is a second name.
     command.add_argument(
         "--run", "--out", metavar="FOLDER", help="where to write; runs/<date>-<preset> by default; --out under torchrun"
@@ -111,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("evaluate", help="measure a trained model on validation text")
     command.set_defaults(act=_evaluate)
     command.add_argument("run", metavar="RUN", help="a run folder")
-    command.add_argument("--data", metavar="PATH", help="a file or folder of text; that of the run by default")
+    command.add_argument("--data", metavar="PATH", help=f"{DATA}; that of the run by default")
     command.add_argument("--max-steps", type=int, metavar="N", help="evaluations of the block allowed to a solve")
 
     command = commands.add_parser("prove", help="show that one layer is all you need, and what that does not say")
@@ -124,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> None:
     names = ["depth", "device", "precision", *(name for name, _, _ in SETTINGS)]
     values: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    data = None if options.data is None else str(Path(options.data).resolve())
+    data = None if options.data is None else corpora.resolved(options.data)
     if options.resume is None:
         name = "small" if options.preset is None else options.preset
         config = changed(preset(name), values, data)
@@ -159,12 +170,23 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.max_steps is not None and options.max_steps < 1:
         raise UsageError(f"--max-steps must be at least 1, not {options.max_steps}.")
     model, config = runs.load_model(Path(options.run))
-    corpus = corpora.load(config.data if options.data is None else options.data)
-    corpora.require(corpus, config.model.context)
-    windows = config.training.evaluation_windows
-    inputs, targets = corpora.validation_windows(corpus.validation, config.model.context, windows)
-    print(corpus.describe())
+    corpus = runs.read_corpus(Path(options.run))
+    with tempfile.TemporaryDirectory() as folder:
+        if options.data is not None:
+            corpus = corpora.prepare(options.data, Path(folder, "tokens"), tokenizer=corpus.tokenizer)
+        corpora.require(corpus, config.model)
+        windows = config.training.evaluation_windows
+        inputs, targets = corpora.validation_windows(corpus.validation, config.model.context, windows)
+        print(corpus.describe())
     _print_measurement(measure(model, config, inputs, targets, options.max_steps))
+
+
+def _tokenize(options: argparse.Namespace) -> None:
+    of_these = None if options.tokenizer is None else tokenizer.read(options.tokenizer)
+    corpus = corpora.prepare(options.data, options.out, options.vocabulary, of_these)
+    if corpus.folder != Path(options.out):
+        raise UsageError(f"{options.data} holds tokens already: train on it as it is, or give the text itself.")
+    print(f"{corpus.describe()}\ntokens: {corpus.folder}")
 
 
 def _prove(options: argparse.Namespace) -> int:

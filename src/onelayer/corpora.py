@@ -1,139 +1,169 @@
-"""Text as bytes: what a model reads, split into train and validation, and the windows it is given.
+"""Corpora: text turned into tokens on disk, split into train and validation, and the windows that a model is given.
 
-A token is a byte, so the vocabulary is 256, nothing is learned about the text before training starts, and bits per
-byte compare across models. The default text is the source of Python's own standard library, which every machine that
-runs this already has.
+A text is prepared once, as a stream, so that none is too long: it is split, turned into tokens and written to a folder
+(see `onelayer.prepared`), of which training maps the few pages that it needs. A token is a byte unless a vocabulary or
+a tokenizer is asked for, and bits per byte compare across them, since each token stands for a known number of bytes.
+The default text is the source of Python's own standard library, which every machine that runs this already has.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from torch import Tensor
+from tqdm import tqdm
 
+from onelayer import hub_data, texts, token_files
 from onelayer.errors import UsageError
-from onelayer.texts import Document, folder, is_folder, standard_library, text_file
+from onelayer.models.configuration import ModelConfig
+from onelayer.prepared import TOKENIZER, UNFINISHED, finish, is_prepared
+from onelayer.prepared import Corpus as Corpus
+from onelayer.prepared import open_tokens as open_tokens
+from onelayer.splits import Part, split, whole
+from onelayer.token_files import Tokens
+from onelayer.tokenizer import BYTES, Tokenizer
+from onelayer.tokenizer import train as learn
 
-VOCABULARY = 256
+# What preparation may have left in a folder when it was cut short, and overwrites.
+_LEFT = {UNFINISHED, TOKENIZER, "train.bin", "validation.bin", *hub_data.FILES}
 
-# Whole entries are held out until validation has the first share of the text, and none that takes it past the second.
-_ENOUGH, _TOO_MUCH = 0.06, 0.10
-# Where whole entries cannot give that, the end of the text is held out.
-_TAIL = 0.075
-
-
-@dataclass(frozen=True, eq=False)
-class Corpus:
-    """A text as bytes, split once and for all into a part to train on and a part to validate on.
-
-    >>> corpus = load("notes.txt")                                              # doctest: +SKIP
-    >>> corpus.describe()                                                       # doctest: +SKIP
-    'notes.txt: 925,021 bytes to train on (1 file), 74,979 to validate on'
-
-    Attributes:
-        name: what the text is, for people.
-        train: bytes to train on, a one-dimensional uint8 tensor on the CPU.
-        validation: bytes to validate on, likewise; with a folder these are whole top-level entries of it.
-        train_files, validation_files: number of files in each part; a file cut in two counts in both.
-        skipped_files: files of the folder that are empty or not text, and so in neither part.
-        fingerprint: SHA-256 of both parts, in hexadecimal, to recognise the same data when a run is resumed.
-    """
-
-    name: str
-    train: Tensor
-    validation: Tensor
-    train_files: int
-    validation_files: int
-    skipped_files: int
-    fingerprint: str
-
-    def describe(self) -> str:
-        """Name, sizes and file counts in one line."""
-        parts = [
-            f"{self.name}: {len(self.train):,} bytes to train on ({_files(self.train_files)})",
-            f"{len(self.validation):,} to validate on ({_files(self.validation_files)})",
-        ]
-        if self.skipped_files:
-            parts.append(f"{_files(self.skipped_files)} skipped as empty or not text")
-        return ", ".join(parts)
+# Byte pairs are learned from at most so much text, taken evenly from all that there is to train on.
+_SAMPLE = 64 << 20
 
 
-def load(path: str | Path | None = None) -> Corpus:
-    """Reads a text file, a folder of text, or by default the source of Python's standard library.
+def prepare(
+    data: str | Path | None, folder: str | Path, vocabulary: int | None = None, tokenizer: Tokenizer | None = None
+) -> Corpus:
+    """Turns text into tokens on disk: a file, a folder, a data set of Hugging Face, or Python's standard library.
 
     A folder is read recursively in sorted order; hidden files and files that are not UTF-8 text are skipped. Whole
     top-level entries of it, chosen by a hash of their names, are held out for validation until they make up 6 to 10% of
     the text, so that near copies, which mostly lie side by side, stay together. Where no entries fit (a single file, a
-    folder of few), the last 7.5% of the text are held out. The same files give the same split on every machine.
+    folder of few), the last 7.5% of the text are held out; a data set with a split of its own for validation keeps it.
+    The same text gives the same tokens on every machine. Memory does not grow with the text.
 
-    >>> corpus = load()
-    >>> corpus.train.dtype, 0.05 < len(corpus.validation) / len(corpus.train) < 0.12
-    (torch.uint8, True)
+    >>> corpus = prepare(None, "tokens")
+    >>> corpus.tokenizer.vocabulary, 0.05 < len(corpus.validation) / len(corpus.train) < 0.12
+    (256, True)
 
     Args:
-        path: a text file, or a folder; `None` for the standard library.
+        data: a text file or folder; `hf:owner/name` or `hf:owner/name:configuration`; `None` for the standard library;
+            or a folder of tokens made before, which is used where it lies.
+        folder: where the tokens go: a new or empty folder, or one where this was cut short.
+        vocabulary: number of tokens: 256 for bytes, more for byte pairs learned from the text; `None` is 256, or what
+            the folder of tokens has.
+        tokenizer: one that there is already, instead.
 
     Returns:
-        The corpus, in memory.
+        The corpus.
 
     Raises:
-        UsageError: the path is missing, unreadable, empty, holds no text, or is not UTF-8.
+        UsageError: the data are missing, unreadable, empty, no text or not UTF-8; the folder is taken or its disk full;
+            the vocabulary does not suit the text; or the tokens there are those of another tokenizer.
     """
-    if path is None:
-        name, documents, skipped = standard_library()
-    elif is_folder(Path(path)):
-        name = Path(path).resolve().name or str(path)
-        documents, skipped = folder(Path(path))
-    else:
-        name, documents, skipped = Path(path).name, [Document("", text_file(Path(path)))], 0
-    return _split(name, documents, skipped)
+    folder = Path(folder)
+    if tokenizer is not None and vocabulary not in (None, tokenizer.vocabulary):
+        raise UsageError(
+            f"The tokenizer has {tokenizer.vocabulary:,} tokens where {vocabulary:,} were asked for: leave out one."
+        )
+    if data is not None and is_prepared(Path(data)):
+        return _as_asked(open_tokens(data), vocabulary, tokenizer)
+    with _being_written(folder):
+        if isinstance(data, str) and data.startswith(hub_data.PREFIX):
+            name, skipped = data, 0
+            documents = hub_data.fetch(data, folder)
+            train, validation = map(whole, documents) if len(documents) > 1 else split(documents[0])
+        else:
+            name, documents, skipped = _documents(data)
+            train, validation = split(documents)
+        parts = {"train": train, "validation": validation}
+        tokenizer = _learn(train, vocabulary) if tokenizer is None else tokenizer
+        digest = hashlib.sha256(train.size.to_bytes(8, "big"))
+        facts = {"name": name, "skipped_files": skipped}
+        for part, text in parts.items():
+            ids = tokenizer.encode_pieces(_noted(text, digest.update, f"{part} text to tokens"))
+            count = token_files.write(folder / f"{part}.bin", ids, tokenizer.dtype)
+            facts[part] = {"tokens": count, "bytes": text.size, "files": text.files}
+        finish(folder, facts | {"fingerprint": digest.hexdigest()}, tokenizer)
+    return open_tokens(folder)
 
 
-def require(corpus: Corpus, context: int) -> None:
-    """Makes sure that both parts of the corpus hold at least one window of a context and the byte that follows it.
+def resolved(data: str) -> str:
+    """The data as they are found from any working directory, which is what a run remembers.
 
-    >>> require(load(), context=256)
+    >>> resolved("hf:Salesforce/wikitext:wikitext-2-raw-v1"), resolved("text.txt") == str(Path.cwd() / "text.txt")
+    ('hf:Salesforce/wikitext:wikitext-2-raw-v1', True)
+    """
+    return data if data.startswith(hub_data.PREFIX) else str(Path(data).resolve())
+
+
+def require(corpus: Corpus, model: ModelConfig) -> None:
+    """Makes sure that a model can read a corpus: all its tokens are known, and each part fills one context and more.
+
+    >>> require(prepare(None, "other"), ModelConfig(context=256))
 
     Args:
-        corpus: what `load` returned.
-        context: bytes that the model sees at once.
+        corpus: what `prepare` or `open_tokens` returned.
+        model: for its vocabulary and context.
 
     Raises:
-        UsageError: the context is not positive, or a part of the corpus is too short for it.
+        UsageError: the vocabulary is smaller than that of the tokens, or a part is too short for the context.
     """
-    if context < 1:
-        raise UsageError(f"The context is {context} bytes and must be at least 1.")
+    if model.vocabulary < corpus.tokenizer.vocabulary:
+        raise UsageError(
+            f"The tokens of {corpus.name} are of a vocabulary of {corpus.tokenizer.vocabulary:,}, the model's of "
+            f"{model.vocabulary:,}: give it that vocabulary, or prepare the text with a smaller one."
+        )
     for part, tokens in (("training", corpus.train), ("validation", corpus.validation)):
-        if len(tokens) <= context:
+        if len(tokens) <= model.context:
             raise UsageError(
-                f"The text {corpus.name} is shorter than one context: its {part} part holds {len(tokens):,} bytes "
-                f"where a context of {context:,} takes {context + 1:,}; give more text or a smaller context."
+                f"The text {corpus.name} is shorter than one context: its {part} part holds {len(tokens):,} tokens "
+                f"where a context of {model.context:,} takes {model.context + 1:,}: give more text or a smaller "
+                "context."
             )
 
 
-def batch(tokens: Tensor, step: int, batch_size: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random windows of the text for one training step, a function of `seed` and `step` alone.
+def batch(
+    tokens: Tokens,
+    step: int,
+    batch_size: int,
+    context: int,
+    seed: int,
+    rows: range | None = None,
+    streams: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Windows of the text for one training step, a function of `seed` and `step` alone.
 
-    A run that is resumed at a step therefore sees exactly what an uninterrupted run sees there, with no sampler state
-    to save, and no global random state is touched.
+    A run that is resumed at a step, on however many processes, therefore sees exactly what an uninterrupted run sees
+    there, with no sampler state to save, and no global random state is touched.
 
-    >>> inputs, targets = batch(torch.arange(100, dtype=torch.uint8), step=3, batch_size=2, context=8, seed=0)
+    >>> _ = Path("text.bin").write_bytes(bytes(range(100)))
+    >>> tokens = Tokens(Path("text.bin"), np.dtype(np.uint8), vocabulary=256)
+    >>> inputs, targets = batch(tokens, step=3, batch_size=2, context=8, seed=0)
     >>> inputs.shape, bool((targets == inputs + 1).all())
     (torch.Size([2, 8]), True)
+    >>> [batch(tokens, step, 2, 8, seed=1, streams=True)[0][:, 0].tolist() for step in (0, 1)]
+    [[40, 88], [48, 0]]
 
     Args:
-        tokens: one-dimensional, longer than `context`.
+        tokens: longer than `context`.
         step: number of the training step, from 0.
-        batch_size: number of windows.
+        batch_size: number of windows in the step, in all processes together.
         context: tokens in a window.
         seed: number of the run, from 0.
+        rows: those of the windows that are wanted; `None` for all.
+        streams: whether a row goes on where it ended in the step before, as a memory of past segments needs it, and
+            not at a random place. Rows start evenly spaced, at a place that the seed decides, and after the last whole
+            window of the text comes the first.
 
     Returns:
-        Inputs and targets, int64, both `(batch_size, context)`; targets are the inputs one position later.
+        Inputs and targets, int64, both `(rows, context)`; targets are the inputs one position later.
 
     Raises:
         UsageError: the text is not longer than one context, or a number is out of its range.
@@ -141,19 +171,29 @@ def batch(tokens: Tensor, step: int, batch_size: int, context: int, seed: int) -
     _check_windows(tokens, context, batch_size)
     if step < 0 or seed < 0:
         raise UsageError(f"The seed and the step must be 0 or more, and are {seed} and {step}.")
-    starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - context, size=batch_size)
-    return _windows(tokens, torch.from_numpy(starts), context)
+    rows = range(batch_size) if rows is None else rows
+    if len(rows) and not 0 <= min(rows) <= max(rows) < batch_size:
+        raise UsageError(f"The rows {min(rows)} to {max(rows)} are not among the {batch_size} of a batch.")
+    if streams:
+        count = (len(tokens) - 1) // context
+        first = int(np.random.default_rng(seed).integers(0, count))
+        starts = np.array([(first + row * count // batch_size + step) % count * context for row in range(batch_size)])
+    else:
+        starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - context, size=batch_size)
+    return _windows(tokens, starts[list(rows)], context)
 
 
-def validation_windows(tokens: Tensor, context: int, count: int) -> tuple[Tensor, Tensor]:
-    """Windows spread evenly over the text, no two of which predict the same byte.
+def validation_windows(tokens: Tokens, context: int, count: int) -> tuple[Tensor, Tensor]:
+    """Windows spread evenly over the text, no two of which predict the same token.
 
-    >>> inputs, targets = validation_windows(torch.arange(100, dtype=torch.uint8), context=8, count=3)
+    >>> _ = Path("text.bin").write_bytes(bytes(range(100)))
+    >>> tokens = Tokens(Path("text.bin"), np.dtype(np.uint8), vocabulary=256)
+    >>> inputs, targets = validation_windows(tokens, context=8, count=3)
     >>> inputs[:, 0].tolist()
     [0, 45, 91]
 
     Args:
-        tokens: one-dimensional, longer than `context`.
+        tokens: longer than `context`.
         context: tokens in a window.
         count: number of windows wanted; fewer come back where the text has no room for as many.
 
@@ -166,81 +206,92 @@ def validation_windows(tokens: Tensor, context: int, count: int) -> tuple[Tensor
     _check_windows(tokens, context, count)
     count = min(count, (len(tokens) - 1) // context)
     room = len(tokens) - 1 - context
-    starts = [i * room // max(count - 1, 1) for i in range(count)]
-    return _windows(tokens, torch.tensor(starts), context)
+    return _windows(tokens, np.array([i * room // max(count - 1, 1) for i in range(count)]), context)
 
 
-def _check_windows(tokens: Tensor, context: int, count: int) -> None:
+def _check_windows(tokens: Tokens, context: int, count: int) -> None:
     if context < 1 or count < 1:
-        raise UsageError(f"There must be at least 1 window of at least 1 byte; asked for were {count} of {context}.")
+        raise UsageError(f"There must be at least 1 window of at least 1 token; asked for were {count} of {context}.")
     if len(tokens) <= context:
-        raise UsageError(f"A text of {len(tokens):,} bytes has no window of {context:,} with the byte after it.")
+        raise UsageError(f"A text of {len(tokens):,} tokens has no window of {context:,} with the token after it.")
 
 
-def _windows(tokens: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    windows = tokens[starts[:, None] + torch.arange(context + 1)].long()
+def _windows(tokens: Tokens, starts: npt.NDArray[np.int64], context: int) -> tuple[Tensor, Tensor]:
+    windows = tokens.read(starts, context + 1)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-def _split(name: str, documents: list[Document], skipped: int) -> Corpus:
-    sizes: dict[str, int] = {}
-    for document in documents:
-        sizes[document.entry] = sizes.get(document.entry, 0) + len(document.data)
-    held_out = _hold_out(sizes)
-    if held_out:
-        kept = [document.data for document in documents if document.entry not in held_out]
-        others = [document.data for document in documents if document.entry in held_out]
-        train, validation = _join(kept), _join(others)
-        train_files, validation_files = len(kept), len(others)
-    else:
-        text = _join([document.data for document in documents])
-        cut = _tail_start(text)
-        train, validation = text[:cut], text[cut:]
-        ends = np.cumsum([len(_ended(document.data)) for document in documents])
-        train_files = min(int(np.searchsorted(ends, cut)) + 1, len(documents))
-        validation_files = max(len(documents) - int(np.searchsorted(ends, cut, side="right")), 1)
-    digest = hashlib.sha256(len(train).to_bytes(8, "big"))
-    digest.update(train)
-    digest.update(validation)
-    return Corpus(name, _tokens(train), _tokens(validation), train_files, validation_files, skipped, digest.hexdigest())
+def _documents(data: str | Path | None) -> tuple[str, list[texts.Document], int]:
+    if data is None:
+        return texts.standard_library()
+    path = Path(data)
+    if texts.is_folder(path):
+        return (path.resolve().name or str(path), *texts.folder(path))
+    return path.name, [texts.text_file(path)], 0
 
 
-def _hold_out(sizes: dict[str, int]) -> set[str]:
-    """Entries for validation, in the order of their hashes; none where they cannot make up the share wanted."""
-    total = sum(sizes.values())
-    chosen: set[str] = set()
-    size = 0
-    for entry in sorted(sizes, key=lambda entry: hashlib.sha256(entry.encode("utf-8", "surrogateescape")).digest()):
-        if size + sizes[entry] <= _TOO_MUCH * total:
-            chosen.add(entry)
-            size += sizes[entry]
-        if size >= _ENOUGH * total:
-            return chosen
-    return set()
+def _learn(text: Part, vocabulary: int | None) -> Tokenizer:
+    every = max(-(-text.size // _SAMPLE), 1)
+
+    def sample() -> Iterator[bytes]:
+        passed = 0
+        for piece in _noted(text, lambda piece: None, "learning byte pairs"):
+            if passed // texts.PIECE % every == 0:
+                yield piece
+            passed += len(piece)
+
+    return learn(sample(), BYTES if vocabulary is None else vocabulary)
 
 
-def _ended(data: bytes) -> bytes:
-    return data if data.endswith(b"\n") else data + b"\n"
+def _noted(text: Part, note: Callable[[bytes], None], what: str) -> Iterator[bytes]:
+    """The pieces of a text, each noted as it passes, with a bar where that takes more than a few seconds."""
+    with tqdm(total=text.size, desc=what, unit="B", unit_scale=True, delay=3, dynamic_ncols=True) as bar:
+        for piece in text.pieces():
+            note(piece)
+            yield piece
+            bar.update(len(piece))
 
 
-def _join(texts: list[bytes]) -> bytes:
-    return texts[0] if len(texts) == 1 else b"".join(_ended(data) for data in texts)
+def _as_asked(corpus: Corpus, vocabulary: int | None, tokenizer: Tokenizer | None) -> Corpus:
+    there = corpus.tokenizer
+    if vocabulary not in (None, there.vocabulary):
+        raise UsageError(
+            f"The tokens in {corpus.folder} are of a vocabulary of {there.vocabulary:,} and not {vocabulary:,}: leave "
+            "the vocabulary out, or give the text that they were made of."
+        )
+    if tokenizer is not None and tokenizer.fingerprint != there.fingerprint:
+        raise UsageError(
+            f"The tokens in {corpus.folder} were made by another tokenizer: use its own, {corpus.folder / TOKENIZER}, "
+            "or give the text that they were made of."
+        )
+    return corpus
 
 
-def _tail_start(text: bytes) -> int:
-    """Where the held-out tail starts: at a line's start if one is near, else at least not inside a character."""
-    cut = len(text) - int(len(text) * _TAIL)
-    line = text.find(b"\n", cut, cut + int(len(text) * _TAIL / 10)) + 1
-    if line:
-        return line
-    while cut < len(text) and text[cut] & 0xC0 == 0x80:
-        cut += 1
-    return cut
-
-
-def _tokens(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def _files(count: int) -> str:
-    return f"{count:,} file{'' if count == 1 else 's'}"
+@contextmanager
+def _being_written(folder: Path) -> Iterator[None]:
+    """A folder for what the block writes; nothing of it stays unless the block comes to its end."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = sorted(path.name for path in folder.iterdir() if path.name not in _LEFT)
+    except OSError as error:
+        raise UsageError(f"The folder {folder} cannot be made ({error.strerror}): name another one.") from None
+    if others:
+        raise UsageError(f"{folder} exists already and holds {others[0]}: name another folder for the tokens.")
+    try:
+        (folder / UNFINISHED).touch()
+        yield
+    except BaseException as error:
+        with suppress(OSError):  # what cannot be removed is known by the mark in the folder
+            for name in [*sorted(_LEFT - {UNFINISHED}), UNFINISHED]:  # the mark goes last
+                (folder / name).unlink(missing_ok=True)
+            for path in new:
+                path.rmdir()
+        if isinstance(error, OSError):
+            remedy = "free some space" if error.errno == errno.ENOSPC else "name another folder"
+            raise UsageError(f"The tokens cannot be written to {folder} ({error.strerror}): {remedy}.") from None
+        raise
+    finally:
+        with suppress(OSError):
+            for name in hub_data.FILES:
+                (folder / name).unlink(missing_ok=True)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onelayer.corpora import Corpus, validation_windows
+from onelayer.corpora import validation_windows
 from onelayer.generation import decode, generate
 from onelayer.models.language_model import LanguageModel, bits
 from onelayer.ngrams import baselines
+from onelayer.prepared import Corpus
 from onelayer.presets import RunConfig
 
 PROMPT = "def "
@@ -80,7 +81,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The whole evaluation that ends a run, in the form of `evaluation.json`.
 
-    >>> evaluate(model, config, corpora.load(), 0, 0.0, 0)["bits_per_byte"]     # doctest: +SKIP
+    >>> evaluate(model, config, corpus, 0, 0.0, 0)["bits_per_byte"]             # doctest: +SKIP
     2.31
 
     Args:
@@ -106,7 +107,7 @@ def evaluate(
         "share_at_cap": full.share_at_cap,
         "evaluations": None if full.steps is None else summary(full.steps),
         "by_allowed_evaluations": by_allowed_evaluations(model, config, inputs, targets),
-        "ngrams": baselines(corpus.train, corpus.validation),
+        "ngrams": baselines(corpus),
         "parameters": {"total": total, "without_embeddings": without_embeddings},
         "tokens": tokens,
         "seconds": seconds,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from onelayer import checkpoints, corpora
-from onelayer.corpora import Corpus
 from onelayer.errors import UsageError
 from onelayer.models.language_model import LanguageModel, Output
 from onelayer.models.window import Memory
 from onelayer.parallel import Processes, whole
+from onelayer.prepared import Corpus
 from onelayer.presets import RunConfig, TrainingConfig
 
 
@@ -113,8 +113,11 @@ def update(learner: Learner, corpus: Corpus, step: int) -> dict[str, Any]:
     # Masks and probes are those of the step, so that a resumed run draws what an uninterrupted one draws.
     torch.manual_seed((training.seed * 1_000_003 + step) * 10_007 + group.rank)
     rows = group.rows(training.batch_size)
-    x, y = corpora.batch(corpus.train, step, training.batch_size, config.model.context, training.seed)
-    x, y = (tokens[rows.start : rows.stop].to(group.device) for tokens in (x, y))
+    x, y = corpora.batch(
+        corpus.train, step, training.batch_size, config.model.context, training.seed, rows, config.model.memory > 0
+    )
+    lengths = torch.from_numpy(corpus.tokenizer.lengths)[y]
+    x, y = x.to(group.device), y.to(group.device)
     unrolled = training.unrolled_layers if model.is_equilibrium and step < training.unrolled_steps else None
     learner.called.train()
     found: list[Tensor] = []
@@ -131,7 +134,7 @@ def update(learner: Learner, corpus: Corpus, step: int) -> dict[str, Any]:
             assert output.losses is not None
             # In nats, as learning rates and gradient norms are usually quoted for.
             ((output.losses.mean() + output.penalty) / training.accumulate).backward()
-        found.append(_of_each_row(output))
+        found.append(_of_each_row(output, lengths[own].to(group.device)))
         if output.memory is not None:
             memories.append(output.memory)
     if memories:
@@ -139,7 +142,8 @@ def update(learner: Learner, corpus: Corpus, step: int) -> dict[str, Any]:
         learner.memory = Memory(torch.cat([memory.x for memory in memories]), tuple(states))
     norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)))
     rows_of_all = group.gather(torch.cat(found)).cpu()
-    bits_per_byte = float(rows_of_all[:, 0].sum()) / y.numel() / group.count / math.log(2)
+    nats, lengths_of_all = rows_of_all[:, :2].sum(0).tolist()
+    bits_per_byte = nats / lengths_of_all / math.log(2)
     if not math.isfinite(norm + bits_per_byte):
         raise UsageError(
             f"Training diverged at step {step + 1}, its loss is {bits_per_byte} and its gradient {norm}: "
@@ -152,19 +156,20 @@ def update(learner: Learner, corpus: Corpus, step: int) -> dict[str, Any]:
 
 
 # What each row of a batch tells of its solves, in the columns of a tensor that processes can gather.
-_COLUMNS = ("nats", "steps", "residual", "failed", "adjoint_steps", "adjoint_residual")
+_COLUMNS = ("nats", "bytes", "steps", "residual", "failed", "adjoint_steps", "adjoint_residual")
 
 
-def _of_each_row(output: Output) -> Tensor:
+def _of_each_row(output: Output, lengths: Tensor) -> Tensor:
     assert output.losses is not None
     nats = output.losses.detach().double().sum(1)
     nothing = torch.full_like(nats, math.nan)
+    known = [nats, lengths.double().sum(1)]
     if output.solution is None:
-        return torch.stack([nats, *[nothing] * 5], dim=1)
+        return torch.stack([*known, *[nothing] * 5], dim=1)
     solution, adjoint = output.solution, output.solution.adjoint
     back = [nothing if value is None else value.double() for value in (adjoint.steps, adjoint.residual)]
     ahead = [value.double() for value in (solution.steps, solution.residual, ~solution.converged)]
-    return torch.stack([nats, *ahead, *back], dim=1)
+    return torch.stack([*known, *ahead, *back], dim=1)
 
 
 def _of_the_equilibrium(rows: Tensor) -> dict[str, float | None]:

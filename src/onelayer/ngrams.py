@@ -19,12 +19,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from onelayer.corpora import VOCABULARY
 from onelayer.errors import UsageError
+from onelayer.prepared import Corpus
+from onelayer.token_files import Tokens
+from onelayer.tokenizer import BYTES as VOCABULARY
+from onelayer.tokenizer import Tokenizer
 
 ORDERS = (0, 1, 2)
+
+MOST = 32 << 20  # bytes of a text that are counted or scored, from its start
 
 # Strings are counted in pieces of the text, so that a text of any size takes little more than itself.
 _PIECE = 1 << 22
@@ -47,8 +53,8 @@ class _Table:
 class WittenBell:
     """An interpolated Witten-Bell model of the bytes of a text; made by `fit`.
 
-    >>> from onelayer.corpora import load
-    >>> model = fit(load().train, order=2)
+    >>> import torch
+    >>> model = fit(torch.tensor(list(b"self, himself, shelf"), dtype=torch.uint8), order=2)
     >>> float(model.distribution(b"sel")[ord("f")]) > 0.5
     True
 
@@ -146,17 +152,17 @@ def fit(tokens: Tensor, order: int) -> WittenBell:
     return WittenBell(order, tuple(_count(data, length) for length in range(order + 1)))
 
 
-def baselines(train: Tensor, validation: Tensor) -> dict[str, float]:
-    """Bits per byte of the models of every order, learned from one text and scored on another.
+def baselines(corpus: Corpus) -> dict[str, float]:
+    """Bits per byte of the models of every order on validation text, learned from training text.
 
-    >>> from onelayer.corpora import load
-    >>> corpus = load()
-    >>> baselines(corpus.train, corpus.validation).keys()
+    They learn from the first 32 MiB of the one and are scored on the first 32 MiB of the other, where there is more.
+
+    >>> from onelayer.corpora import prepare
+    >>> baselines(prepare(None, "tokens")).keys()
     dict_keys(['0', '1', '2'])
 
     Args:
-        train: text to learn from, uint8, one-dimensional.
-        validation: text to score, likewise.
+        corpus: text, as tokens of any kind; it is counted byte by byte.
 
     Returns:
         Bits per byte by order; the orders are strings, as they are in JSON.
@@ -164,9 +170,19 @@ def baselines(train: Tensor, validation: Tensor) -> dict[str, float]:
     Raises:
         UsageError: one of the texts is empty.
     """
+    train, validation = (_first_bytes(tokens, corpus.tokenizer) for tokens in (corpus.train, corpus.validation))
     largest = fit(train, ORDERS[-1])
     models = [WittenBell(order, largest._tables[: order + 1]) for order in ORDERS]
     return {str(model.order): model.bits_per_byte(validation) for model in models}
+
+
+def _first_bytes(tokens: Tokens, tokenizer: Tokenizer) -> Tensor:
+    text, start = bytearray(), 0
+    while len(text) < MOST and start < len(tokens):
+        ids = tokens.read(np.array([start]), min(_PIECE, len(tokens) - start))[0]
+        text += tokenizer.decode(ids.numpy())
+        start += len(ids)
+    return torch.from_numpy(np.frombuffer(text, dtype=np.uint8)[:MOST])
 
 
 def _strings(data: npt.NDArray[np.uint8], length: int) -> _Integers:

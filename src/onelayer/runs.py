@@ -1,6 +1,7 @@
 """The run folder: where a run keeps its configuration, its metrics and its weights.
 
 config.json                 the resolved configuration, the command, the data and their fingerprint
+tokens/                     the text as tokens, unless the data were tokens already
 metrics.jsonl               one line for each training step and each validation
 model.safetensors           the weights at the last save
 checkpoints/                what resuming needs, the last two saves
@@ -11,8 +12,10 @@ report.html                 all of it to look at
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from onelayer import checkpoints
-from onelayer.corpora import Corpus
+from onelayer import checkpoints, corpora
 from onelayer.errors import UsageError
 from onelayer.models.language_model import LanguageModel
+from onelayer.prepared import Corpus, is_prepared
 from onelayer.presets import RunConfig, from_dict, to_dict
 
 try:
@@ -37,23 +40,68 @@ except ImportError:
     SummaryWriter = None
 
 
-def create(run: Path, config: RunConfig, corpus: Corpus, command: str) -> None:
-    """Makes a run folder and writes its `config.json`.
+def create(run: Path, config: RunConfig, command: str) -> Corpus:
+    """Makes a run folder, with the text as tokens and `config.json` in it; nothing of it stays where that fails.
 
-    >>> create(Path("runs/first"), preset("small"), corpora.load(), "onelayer train")    # doctest: +SKIP
+    >>> corpus = create(Path("runs/first"), preset("small"), "onelayer train")  # doctest: +SKIP
 
     Raises:
-        UsageError: there is something at that path already.
+        UsageError: there is something at that path already, or the data will not do.
     """
     new_folder(run, f"go on with it by --resume {run}, or name another folder")
+    try:
+        prepared = config.data is not None and is_prepared(Path(config.data))
+        corpus = corpora.prepare(config.data, run / "tokens", None if prepared else config.model.vocabulary)
+        corpora.require(corpus, config.model)
+    except BaseException:
+        shutil.rmtree(run / "tokens", ignore_errors=True)
+        with suppress(OSError):
+            run.rmdir()
+        raise
     data = {
         "path": config.data,
         "name": corpus.name,
-        "train_bytes": len(corpus.train),
-        "validation_bytes": len(corpus.validation),
+        "train_bytes": corpus.train_bytes,
+        "validation_bytes": corpus.validation_bytes,
         "fingerprint": corpus.fingerprint,
+        "tokenizer": corpus.tokenizer.fingerprint,
     }
     write_json(run / "config.json", to_dict(config) | {"command": command, "data": data})
+    return corpus
+
+
+def read_corpus(run: Path) -> Corpus:
+    """The text of a run, in its own folder or where it was prepared before.
+
+    >>> read_corpus(Path("runs/first")).describe()                              # doctest: +SKIP
+
+    Raises:
+        UsageError: this is no run folder, or the tokens are gone or damaged.
+    """
+    config, _ = read_config(run)
+    own = run / "tokens"
+    return corpora.open_tokens(own if config.data is None or own.is_dir() else config.data)
+
+
+def same_corpus(run: Path, config: RunConfig) -> Corpus:
+    """The text of a run that goes on, once it is clear that it is what the configuration names.
+
+    >>> corpus = same_corpus(Path("runs/first"), config)                        # doctest: +SKIP
+
+    Raises:
+        UsageError: they are not, or the tokens are gone or damaged.
+    """
+    before, fingerprint = read_config(run)
+    corpus = read_corpus(run)
+    name, given = corpus.name, corpus.fingerprint
+    if config.data != before.data:
+        with tempfile.TemporaryDirectory() as folder:
+            other = corpora.prepare(config.data, Path(folder, "tokens"), tokenizer=corpus.tokenizer)
+            name, given = other.name, other.fingerprint
+    if not fingerprint == given == corpus.fingerprint:
+        raise UsageError(f"{run} was trained on other data than {name}: give the same data, or start a new run.")
+    corpora.require(corpus, config.model)
+    return corpus
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Reading text from disk: one file, a folder of files, or the source of Python's standard library."""
+"""Text on disk: one file, a folder of files, or the source of Python's standard library, never all of it in memory."""
 
 from __future__ import annotations
 
@@ -40,16 +40,56 @@ _FAMILIES = (
 )
 
 
+PIECE = 1 << 20  # bytes that are read at a time
+
+
 @dataclass(frozen=True)
 class Document:
-    """One text file: its bytes, and the top-level entry it belongs to, since whole entries are held out.
+    """One text file, and the top-level entry that it belongs to, since whole entries are held out.
 
-    >>> Document(entry="json", data=b"import re").entry
+    >>> Document(entry="json", path=Path("json/decoder.py"), size=12473, ends_line=True).entry
     'json'
+
+    Attributes:
+        entry: name of the file or folder that it is or lies in, seen from the top.
+        path: of the file.
+        size: its bytes, at least one.
+        ends_line: whether the last of them ends a line.
     """
 
     entry: str
-    data: bytes
+    path: Path
+    size: int
+    ends_line: bool
+
+
+def pieces(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    """A stretch of a file, a piece at a time.
+
+    >>> b"".join(pieces(Path("notes.txt"), 0, 5))                               # doctest: +SKIP
+    b'Dear '
+
+    Args:
+        path: of the file.
+        start, stop: bytes, counted from its start.
+
+    Returns:
+        An iterator over pieces of at most one mebibyte.
+
+    Raises:
+        UsageError: the file cannot be read, or has become shorter than that.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            while start < stop:
+                piece = file.read(min(PIECE, stop - start))
+                if not piece:
+                    raise UsageError(f"{path} has become shorter while it was read: leave the data as they are.")
+                start += len(piece)
+                yield piece
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
 def standard_library() -> tuple[str, list[Document], int]:
@@ -72,10 +112,10 @@ def standard_library() -> tuple[str, list[Document], int]:
         inside = "/".join(parts)
         if not inside.endswith(".py") or _NOT_LIBRARY.intersection(parts) or any(fnmatch(inside, t) for t in _TABLES):
             continue
-        data = _read(file)
-        if _why_not_text(data) is None:
-            module = parts[0].removesuffix(".py")
-            documents.append(Document(families.get(module, module), data))
+        module = parts[0].removesuffix(".py")
+        document = _document(families.get(module, module), file)
+        if isinstance(document, Document):
+            documents.append(document)
         else:
             skipped += 1
     if not documents:
@@ -100,32 +140,30 @@ def folder(root: Path) -> tuple[list[Document], int]:
     documents: list[Document] = []
     skipped: list[str] = []
     for file, parts in _walk(root):
-        data = _read(file)
-        why_not = _why_not_text(data)
-        if why_not is None:
-            documents.append(Document(parts[0], data))
+        document = _document(parts[0], file)
+        if isinstance(document, Document):
+            documents.append(document)
         else:
-            skipped.append(f"{file.name} {why_not}")
+            skipped.append(f"{file.name} {document}")
     if not documents:
         found = f"none of its {len(skipped)} files is ({skipped[0]})" if skipped else "it has no files"
         raise UsageError(f"The data folder {root} holds no UTF-8 text, {found}: give a folder or file of text.")
     return documents, len(skipped)
 
 
-def text_file(path: Path) -> bytes:
-    """The bytes of one file, when they are UTF-8 text.
+def text_file(path: Path) -> Document:
+    """One file, when it is UTF-8 text.
 
-    >>> text_file(Path("notes.txt"))[:5]                                        # doctest: +SKIP
-    b'Dear '
+    >>> text_file(Path("notes.txt")).size                                       # doctest: +SKIP
+    1000000
 
     Raises:
         UsageError: the file cannot be read, is empty, or is not UTF-8 text.
     """
-    data = _read(path)
-    why_not = _why_not_text(data)
-    if why_not is not None:
-        raise UsageError(f"The data file {path} {why_not}: give a file of UTF-8 text.")
-    return data
+    document = _document("", path)
+    if not isinstance(document, Document):
+        raise UsageError(f"The data file {path} {document}: give a file of UTF-8 text.")
+    return document
 
 
 def is_folder(path: Path) -> bool:
@@ -162,29 +200,27 @@ def _walk(root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
                 yield file, file.relative_to(root).parts
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
 def _unreadable(path: Path, error: OSError) -> UsageError:
     return UsageError(f"{path} cannot be read ({error.strerror or error}): make it readable or give other data.")
 
 
-def _why_not_text(data: bytes) -> str | None:
-    if not data:
-        return "is empty"
-    # UTF-16 text in Latin letters is valid UTF-8 with every second byte zero, and no text holds such bytes otherwise.
-    if b"\0" in data:
-        return f"is not text (zero byte at offset {data.index(0)})"
+def _document(entry: str, path: Path) -> Document | str:
+    """The file as a document, or why it is none."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    piece = 1 << 24  # decoded in pieces, because a whole text decoded takes up to four times its size
-    for start in range(0, len(data), piece):
-        pending = len(decoder.getstate()[0])
-        try:
-            decoder.decode(data[start : start + piece], final=start + piece >= len(data))
-        except UnicodeDecodeError as error:
-            return f"is not UTF-8 text ({error.reason} at offset {start - pending + error.start})"
-    return None
+    size, last, pending = 0, b"", 0
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(PIECE):
+                # UTF-16 text in Latin letters is valid UTF-8 with every second byte zero, and no text has such bytes.
+                if b"\0" in piece:
+                    return f"is not text (zero byte at offset {size + piece.index(0)})"
+                pending = len(decoder.getstate()[0])
+                decoder.decode(piece)
+                size, last = size + len(piece), piece
+            pending = len(decoder.getstate()[0])
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 text ({error.reason} at offset {size - pending + error.start})"
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return Document(entry, path, size, last.endswith(b"\n")) if size else "is empty"

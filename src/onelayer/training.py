@@ -15,12 +15,11 @@ import torch
 from tqdm import tqdm
 
 from onelayer import checkpoints, corpora, learner, runs
-from onelayer.corpora import Corpus
-from onelayer.errors import UsageError
 from onelayer.evaluation import Measurement, evaluate, measure, peak_memory_bytes
 from onelayer.learner import Learner
 from onelayer.models.language_model import LanguageModel
 from onelayer.parallel import Processes, processes
+from onelayer.prepared import Corpus
 from onelayer.presets import RunConfig
 from onelayer.report import write_report
 
@@ -59,7 +58,9 @@ def train(
     """
     training = config.training
     with processes(parallel, training.device, training.batch_size, training.accumulate) as group:
-        corpus = group.first_alone(lambda: _prepare(config, run, resume, command))
+        corpus = group.first_alone(
+            lambda: runs.same_corpus(run, config) if resume else runs.create(run, config, command)
+        )
         with _alone_in(run, group):
             seconds = _fit(config, run, resume, corpus, group, tensorboard)
         first = group.first
@@ -72,19 +73,6 @@ def train(
     runs.write_json(run / "evaluation.json", evaluation)
     write_report(run)
     return evaluation
-
-
-def _prepare(config: RunConfig, run: Path, resume: bool, command: str) -> Corpus:
-    """The text, in a run folder that is there."""
-    corpus = corpora.load(config.data)
-    corpora.require(corpus, config.model.context)
-    if not resume:
-        runs.create(run, config, corpus, command)
-        return corpus
-    _, fingerprint = runs.read_config(run)
-    if corpus.fingerprint != fingerprint:
-        raise UsageError(f"{run} was trained on other data than {corpus.name}: give the same data, or start a new run.")
-    return corpus
 
 
 @contextmanager
