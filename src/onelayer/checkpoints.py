@@ -77,7 +77,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
     facts = json.dumps(checkpoint.facts, sort_keys=True)
-    write_bytes(path, save(tensors, {"facts": facts, "sha256": _checksum(tensors, facts)}))
+    write_bytes(path, save(tensors, {"facts": facts, "sha256": checksum(tensors, facts)}))
 
 
 def read(path: Path) -> Checkpoint:
@@ -94,7 +94,7 @@ def read(path: Path) -> Checkpoint:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         facts = header.get("facts", "")
-        if header.get("sha256") != _checksum(tensors, facts):
+        if header.get("sha256") != checksum(tensors, facts):
             raise UsageError(f"The checkpoint {path} is damaged, its checksum does not match.")
         return Checkpoint(tensors, json.loads(facts))
     except FileNotFoundError:
@@ -194,17 +194,29 @@ def restore_random(tensors: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(tensors["random.cuda"])
 
 
-def _numbered(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.safetensors"), reverse=True)
+def checksum(tensors: dict[str, Tensor], facts: str) -> str:
+    """What changes when any entry, shape, dtype or name of the tensors changes, or the facts do.
 
+    >>> checksum({"weight": torch.zeros(2)}, "")[:8]
+    '7ed09cbb'
 
-def _checksum(tensors: dict[str, Tensor], facts: str) -> str:
+    Args:
+        tensors: by name, contiguous ones on the CPU.
+        facts: any text.
+
+    Returns:
+        A SHA-256 digest in hexadecimal.
+    """
     digest = hashlib.sha256(facts.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.safetensors"), reverse=True)
 
 
 def _short(error: Exception) -> str:
