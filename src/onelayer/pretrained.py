@@ -27,7 +27,7 @@ from onelayer.checkpoints import checksum, write_bytes
 from onelayer.errors import UsageError
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import LanguageModel
-from onelayer.tokenizer_file import check_size, special_ids, tokenizer_config
+from onelayer.tokenizer_file import check_size, special_ids, tokenizer_config, with_padding, without_padding
 
 MODEL_TYPE = "deq"
 ARCHITECTURE = "DEQForCausalLM"
@@ -52,7 +52,8 @@ def write(
         folder: made where it is missing.
         config: of the model.
         weights: as `LanguageModel.state_dict()` names them, on any device.
-        tokenizer_json: the content of a `tokenizer.json`, see `onelayer.tokenizer_file`; `None` leaves it out.
+        tokenizer_json: the content of a `tokenizer.json`, see `onelayer.tokenizer_file`; byte 0 becomes its
+            padding token where it has none; `None` leaves it out.
         card: the model card in Markdown, see `onelayer.model_card`; `None` leaves it out.
 
     Raises:
@@ -61,6 +62,7 @@ def write(
     files: dict[str, str] = {}
     if tokenizer_json is not None:
         check_size(tokenizer_json, config.vocabulary, "The tokenizer")
+        tokenizer_json = with_padding(tokenizer_json)
         files["tokenizer.json"] = tokenizer_json
         files["tokenizer_config.json"] = _dump(tokenizer_config(tokenizer_json, config.context))
         files["generation_config.json"] = _dump(special_ids(tokenizer_json))
@@ -161,6 +163,24 @@ def model_config(values: Mapping[str, Any], origin: str) -> ModelConfig:
         raise UsageError(f"{origin}: {error}") from None
     except TypeError as error:
         raise UsageError(f"{origin} has a value of the wrong type ({error}): mend it.") from None
+
+
+def read_tokenizer(folder: Path) -> str | None:
+    """The tokenizer in such a folder as `write` was given it; `None` where there is none.
+
+    >>> read_tokenizer(Path("runs/first/model")) is None                        # doctest: +SKIP
+    False
+
+    Raises:
+        UsageError: its file is damaged.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    try:
+        return without_padding(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged ({error}): restore it.") from None
 
 
 def check_tokenizer(folder: Path, vocabulary: int) -> None:

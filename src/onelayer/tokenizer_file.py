@@ -8,7 +8,7 @@ from typing import Any
 from onelayer.errors import UsageError
 from onelayer.models.configuration import BYTES
 
-PADDING = "\0"  # no text holds it, and a model of 256 bytes has no token to spare
+PADDING = "\0"
 ROLES = {
     PADDING: "pad_token",
     "<pad>": "pad_token",
@@ -23,45 +23,62 @@ ROLES = {
 def byte_tokenizer_json() -> str:
     """The `tokenizer.json` of the tokens that are bytes: token n is the byte n, so that any text comes back as it was.
 
-    Byte 0 is the padding token, since no text holds it and a model of 256 bytes has no token to spare. Decoding with
-    `skip_special_tokens=True` leaves it out.
-
     >>> json.loads(byte_tokenizer_json())["model"]["vocab"]["A"]
     65
 
     Returns:
-        JSON for the `tokenizers` library: byte-level pre-tokens, a vocabulary of 256 tokens and no merges.
+        JSON for the `tokenizers` library: byte-level pre-tokens, a vocabulary of 256 tokens, no merges, and byte 0 for
+        padding, see `with_padding`.
     """
-    vocabulary = {_letter(byte): byte for byte in range(1, BYTES)}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    padding = {"id": 0, "content": PADDING, "special": True}
-    return json.dumps(
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                padding | {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False},
-            ],
-            "normalizer": None,
-            "pre_tokenizer": byte_level,
-            "post_processor": None,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                # The padding token is found in the text before bytes become letters, so it stands under its own name.
-                "vocab": {PADDING: 0} | vocabulary,
-                "merges": [],
-            },
-        },
-        ensure_ascii=False,
-    )
+    model = {"type": "BPE", "vocab": {_letter(byte): byte for byte in range(BYTES)}, "merges": []}
+    parts = {"pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
+    return with_padding(json.dumps({"version": "1.0", "added_tokens": []} | parts))
+
+
+def with_padding(tokenizer_json: str) -> str:
+    """A byte-level tokenizer whose token for the byte 0 is its padding token, unless it has a padding token already.
+
+    No text holds that byte, and a model has no token to spare that it was not trained with. Text that holds it all the
+    same comes back as it was, except by `skip_special_tokens=True`, which leaves it out.
+
+    >>> special_ids(with_padding(byte_tokenizer_json()))
+    {'pad_token_id': 0}
+
+    Args:
+        tokenizer_json: the content of the file.
+
+    Returns:
+        The content with a padding token; as it was where it is no byte-level tokenizer or merges that byte.
+    """
+    content = json.loads(tokenizer_json)
+    model, letter = content["model"], _letter(0)
+    merged = any(letter in "".join(merge) for merge in model.get("merges") or [])
+    if "pad_token" in _special(tokenizer_json) or merged or letter not in model["vocab"] or model.get("type") != "BPE":
+        return tokenizer_json
+    # The padding token is found in a text before bytes become letters, so it stands in the vocabulary as itself.
+    model["vocab"] = {PADDING if token == letter else token: n for token, n in model["vocab"].items()}
+    padding = {"id": model["vocab"][PADDING], "content": PADDING, "special": True}
+    padding |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"] = [padding, *(content.get("added_tokens") or [])]
+    return json.dumps(content, ensure_ascii=False)
+
+
+def without_padding(tokenizer_json: str) -> str:
+    """What `with_padding` was given.
+
+    >>> json.loads(without_padding(byte_tokenizer_json()))["added_tokens"]
+    []
+    """
+    content = json.loads(tokenizer_json)
+    added = content.get("added_tokens") or []
+    rest = [token for token in added if token["content"] != PADDING]
+    if len(rest) == len(added):
+        return tokenizer_json
+    content["added_tokens"] = rest
+    vocabulary = content["model"]["vocab"].items()
+    content["model"]["vocab"] = {_letter(0) if token == PADDING else token: n for token, n in vocabulary}
+    return json.dumps(content, ensure_ascii=False)
 
 
 def tokenizer_size(tokenizer_json: str) -> int:
