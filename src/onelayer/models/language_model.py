@@ -164,10 +164,10 @@ class LanguageModel(nn.Module):
             losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
             return None, losses.view(targets.shape)
         with torch.autocast(hidden.device.type, enabled=False):  # it copies between dtypes that autocast makes unequal
-            shape, hidden = hidden.shape[:2], hidden.flatten(0, 1).float()
+            shape, hidden = hidden.shape[:2], hidden.flatten(0, 1).to(self.adaptive.head.weight.dtype)
             if targets is None:
                 return self.adaptive.log_prob(hidden).unflatten(0, shape), None
-            losses = -self.adaptive(hidden, targets.flatten()).output
+            losses = -self.adaptive(hidden, targets.flatten()).output.float()
             # Clusters that no target fell in take part too, as data parallelism expects of every parameter.
             losses = losses + 0 * sum(parameter.sum() for parameter in self.adaptive.parameters())
         return None, losses.view(targets.shape)
