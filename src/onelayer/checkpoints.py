@@ -23,31 +23,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from onelayer.errors import UsageError
+from onelayer.files import file_checksum, flush_folder, write_bytes
 from onelayer.parallel import Processes
 
 KEPT = 2  # the newest, and the one before it in case the newest does not survive the disk
 FACTS = "facts.json"
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replaces a file in one step: readers see the old content or the new, also after a crash.
-
-    >>> write_bytes(Path("config.json"), b"{}")                                 # doctest: +SKIP
-
-    Args:
-        path: in an existing folder.
-        data: the whole new content.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], group: Processes) -> None:
@@ -182,13 +162,13 @@ def _write_tensors(partial: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _finish(partial: Path, target: Path, facts: dict[str, Any]) -> None:
-    files = {path.name: _checksum(path) for path in sorted(partial.glob("*.safetensors"))}
+    files = {path.name: file_checksum(path) for path in sorted(partial.glob("*.safetensors"))}
     facts = facts | {"files": files}
     write_bytes(partial / FACTS, (json.dumps(facts | {"sha256": _digest(facts)}, indent=2) + "\n").encode())
     if target.exists():  # resumed there and saved again
         shutil.rmtree(target)
     os.replace(partial, target)
-    _flush_folder(target.parent)
+    flush_folder(target.parent)
     for old in _numbered(target.parent)[KEPT:]:
         shutil.rmtree(old)
 
@@ -233,7 +213,7 @@ def _why_damaged(path: Path) -> str | None:
         if sorted(files) != sorted(file.name for file in path.glob("*.safetensors")):
             return "a file is missing"
         for name, checksum in files.items():
-            if _checksum(path / name) != checksum:
+            if file_checksum(path / name) != checksum:
                 return f"the checksum of {name} does not match"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return " ".join(str(error).split())[:200] or type(error).__name__
@@ -250,18 +230,3 @@ def _step(path: Path) -> int:
 
 def _digest(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_folder(path: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be flushed
-        return
-    folder = os.open(path, os.O_RDONLY)  # a rename is safe once the folder is on disk
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

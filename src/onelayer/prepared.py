@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from onelayer import checkpoints, token_files, tokenizer
+from onelayer import token_files, tokenizer
 from onelayer.errors import UsageError
+from onelayer.files import write_bytes
 from onelayer.token_files import Tokens
 from onelayer.tokenizer import Tokenizer
 
@@ -148,11 +149,11 @@ def finish(folder: Path, facts: dict[str, Any], of_these: Tokenizer) -> None:
         facts: what is known of them, less what can be seen from the files and the tokenizer.
         of_these: the tokenizer that made them.
     """
-    checkpoints.write_bytes(folder / TOKENIZER, of_these.to_json().encode())
+    write_bytes(folder / TOKENIZER, of_these.to_json().encode())
     for part in PARTS:
         facts[part]["checksum"] = token_files.checksum(folder / f"{part}.bin")
     facts |= {"dtype": of_these.dtype.name, "vocabulary": of_these.vocabulary, "tokenizer": of_these.fingerprint}
-    checkpoints.write_bytes(folder / FACTS, (json.dumps({"format": 1} | facts, indent=2) + "\n").encode())
+    write_bytes(folder / FACTS, (json.dumps({"format": 1} | facts, indent=2) + "\n").encode())
     (folder / UNFINISHED).unlink(missing_ok=True)
 
 

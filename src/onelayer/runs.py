@@ -3,7 +3,7 @@
 config.json                 the resolved configuration, the command, the data and their fingerprint
 tokens/                     the text as tokens, unless the data were tokens already
 metrics.jsonl               one line for each training step and each validation
-model.safetensors           the weights at the last save
+model/                      the weights at the last save, in the form that transformers reads
 checkpoints/                what resuming needs, the last two saves
 evaluation.json             what the finished model does on the validation text
 report.html                 all of it to look at
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from onelayer import checkpoints, corpora
+from onelayer import corpora, pretrained
 from onelayer.errors import UsageError
+from onelayer.files import write_bytes
+from onelayer.model_card import Measured, card
 from onelayer.models.language_model import LanguageModel
 from onelayer.prepared import Corpus, is_prepared
 from onelayer.presets import RunConfig, from_dict, to_dict
@@ -175,17 +176,42 @@ def load_model(run: Path) -> tuple[LanguageModel, RunConfig]:
     >>> model, config = load_model(Path("runs/first"))                          # doctest: +SKIP
 
     Raises:
-        UsageError: this is no run folder, or its weights are missing or damaged.
+        UsageError: this is no run folder, or its weights are missing, damaged or of another model.
     """
     config, _ = read_config(run)
-    model = LanguageModel(config.model)
-    model.load_state_dict(load_file(run / "model.safetensors"))
+    model = pretrained.read(run / "model")
+    if model.config != config.model:
+        raise UsageError(
+            f"{run / 'model'} holds another model than {run / 'config.json'} says: restore the two together."
+        )
     device = config.training.device if torch.cuda.is_available() else "cpu"
-    return model.eval().to(device), config
+    return model.to(device), config
 
 
 def write_model(run: Path, config: RunConfig, weights: dict[str, Tensor], corpus: Corpus, step: int) -> None:
-    checkpoints.write_bytes(run / "model.safetensors", save(weights))
+    """Writes the weights as a folder that `transformers` reads, `run/model`, with a card that says how far they are.
+
+    >>> write_model(Path("runs/first"), config, model.state_dict(), corpus, step=100)    # doctest: +SKIP
+    """
+    pretrained.write(run / "model", config.model, weights, corpus.tokenizer.to_json())
+    write_card(run, config, corpus, step, Measured())
+
+
+def write_card(run: Path, config: RunConfig, corpus: Corpus, step: int, measured: Measured) -> None:
+    """Writes the card of the model of a run.
+
+    Args:
+        run: its folder.
+        config: of the run.
+        corpus: its text.
+        step: updates behind the weights.
+        measured: on the validation text.
+    """
+    with torch.device("meta"):
+        parameters = LanguageModel(config.model).parameter_counts()
+    tokens = step * config.training.batch_size * config.model.context
+    text = card(config.model, parameters, corpus.name, tokens, measured)
+    write_bytes(run / "model" / "README.md", text.encode())
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -193,7 +219,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
     >>> write_json(Path("evaluation.json"), {"bits_per_byte": 2.1})             # doctest: +SKIP
     """
-    checkpoints.write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
+    write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 class Metrics:
@@ -216,7 +242,7 @@ class Metrics:
             raise UsageError("TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard.")
         path = run / "metrics.jsonl"
         kept = [line for line in read_metrics(run) if line["step"] <= after_step]
-        checkpoints.write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = path.open("a", encoding="utf-8")
         self._board = None
         if tensorboard and SummaryWriter is not None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from onelayer import checkpoints, corpora, learner, runs
 from onelayer.evaluation import Measurement, evaluate, measure, peak_memory_bytes
 from onelayer.learner import Learner
+from onelayer.model_card import Measured
 from onelayer.models.language_model import LanguageModel
 from onelayer.parallel import Processes, processes
 from onelayer.prepared import Corpus
@@ -71,6 +72,14 @@ def train(
     tokens = training.steps * training.batch_size * config.model.context
     evaluation = evaluate(model, config, corpus, tokens, seconds, peak_memory_bytes(training.device))
     runs.write_json(run / "evaluation.json", evaluation)
+    evaluations = evaluation["evaluations"]
+    measured = Measured(
+        evaluation["bits_per_byte"],
+        None if evaluations is None else evaluations["mean"],
+        evaluation["residual"],
+        evaluation["share_at_cap"],
+    )
+    runs.write_card(run, config, corpus, training.steps, measured)
     write_report(run)
     return evaluation
 
