@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -95,10 +96,19 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("generate", help="draw text from a trained model")
     command.set_defaults(act=_generate)
     command.add_argument("run", metavar="RUN", help="a run folder")
-    command.add_argument("--prompt", required=True, metavar="TEXT", help="what the text starts with")
+    command.add_argument(
+        "--prompt",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="what the text starts with; several prompts are continued side by side",
+    )
     command.add_argument("--bytes", type=int, default=200, metavar="N", help="bytes to draw; 200 by default")
     command.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest byte")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed gives the same text")
+    command.add_argument("--chunk", type=int, metavar="N", help="bytes of a prompt read by one solve; all by default")
+    command.add_argument("--no-cache", action="store_true", help="solve for the whole text again at every byte")
+    command.add_argument("--report", action="store_true", help="say on stderr what it took")
 
     command = commands.add_parser("evaluate", help="measure a trained model on validation text")
     command.set_defaults(act=_evaluate)
@@ -136,12 +146,30 @@ def _train(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     model, _ = runs.load_model(Path(options.run))
-    prompt = options.prompt.encode("utf-8", "surrogateescape")
-    drawn = generate(model, prompt, options.bytes, options.temperature, options.seed)
-    print(prompt.decode("utf-8", "replace"), end="")
-    for text in decode(drawn):
-        print(text, end="", flush=True)
-    print()
+    prompts = [prompt.encode("utf-8", "surrogateescape") for prompt in options.prompt]
+    began = time.perf_counter()
+    drawn = generate(
+        model,
+        prompts,
+        options.bytes,
+        options.temperature,
+        options.seed,
+        cache=not options.no_cache,
+        chunk=options.chunk,
+        on_failure="ignore",
+    )
+    # A single text is shown as it comes; several are shown one after the other.
+    columns = [(tokens[0] for tokens in drawn)] if len(prompts) == 1 else zip(*drawn, strict=True)
+    for prompt, tokens in zip(prompts, columns, strict=True):
+        print(prompt.decode("utf-8", "replace"), end="")
+        for text in decode(tokens):
+            print(text, end="", flush=True)
+        print()
+    if options.report:
+        print(drawn.report.describe(time.perf_counter() - began), file=sys.stderr)
+    complaint = drawn.report.complaint()
+    if complaint is not None:
+        print(f"onelayer: {complaint}", file=sys.stderr)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
