@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -17,14 +18,30 @@ from typing import Any, NoReturn, get_args
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+from torch import Tensor
+
 from onelayer import corpora, runs
 from onelayer.errors import UsageError
-from onelayer.evaluation import Measurement, measure
 from onelayer.generation import decode, generate
 from onelayer.models.configuration import Depth
-from onelayer.presets import PRESETS, Device, Precision, changed, preset
+from onelayer.presets import PRESETS, Device, Precision, RunConfig, changed, preset
 from onelayer.proofs import NETWORKS, STACKS, prove
+from onelayer.quality import Quality, Windows, doubling, score, spread, strided
+from onelayer.report.tables import cap_note, lines, table
 from onelayer.training import train
+
+try:
+    from onelayer.report.compute import check_plot, plot_compute
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "matplotlib":
+        raise
+
+    def check_plot(path: Path) -> None:
+        raise UsageError("--plot needs matplotlib: install equilibria[viz], or leave it out.")
+
+    def plot_compute(found: Sequence[Quality], path: Path) -> None:
+        check_plot(path)
+
 
 # Options of `train` that set the value of that name in the configuration: name, type, help.
 SETTINGS: tuple[tuple[str, type, str], ...] = (
@@ -114,7 +131,18 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(act=_evaluate)
     command.add_argument("run", metavar="RUN", help="a run folder")
     command.add_argument("--data", metavar="PATH", help="a file or folder of text; that of the run by default")
-    command.add_argument("--max-steps", type=int, metavar="N", help="evaluations of the block allowed to a solve")
+    command.add_argument(
+        "--max-steps", type=int, nargs="+", default=[], metavar="N", help="evaluations allowed to a solve, one or more"
+    )
+    command.add_argument(
+        "--stride",
+        type=int,
+        metavar="S",
+        help="score every token of the text once, by windows that advance by so many; by default some windows of it",
+    )
+    command.add_argument("--tokens", type=int, metavar="N", help="with --stride: score the first N only")
+    command.add_argument("--plot", metavar="FILE", help="draw allowed evaluations against quality: .png, .svg or .pdf")
+    command.add_argument("--json", metavar="FILE", help="write the figures there too")
 
     command = commands.add_parser("prove", help="show that one layer is all you need, and what that does not say")
     command.set_defaults(act=_prove)
@@ -173,15 +201,46 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    if options.max_steps is not None and options.max_steps < 1:
-        raise UsageError(f"--max-steps must be at least 1, not {options.max_steps}.")
+    for steps in options.max_steps:
+        if steps < 1:
+            raise UsageError(f"--max-steps must be at least 1, not {steps}.")
+    if options.tokens is not None and options.stride is None:
+        raise UsageError("--tokens needs --stride, which scores tokens in their order: give both.")
     model, config = runs.load_model(Path(options.run))
+    allowed = tuple(options.max_steps)
+    if options.plot is not None:
+        if not model.is_equilibrium:
+            raise UsageError(
+                f"--plot is for equilibrium models, and {options.run} is {model.config.depth}: leave it out."
+            )
+        check_plot(Path(options.plot))
+        allowed = allowed or doubling(model.config.eval_max_steps)
     corpus = corpora.load(config.data if options.data is None else options.data)
     corpora.require(corpus, config.model.context)
-    windows = config.training.evaluation_windows
-    inputs, targets = corpora.validation_windows(corpus.validation, config.model.context, windows)
+    windows = _windows(corpus.validation, config, options)
     print(corpus.describe())
-    _print_measurement(measure(model, config, inputs, targets, options.max_steps))
+    found = score(model, config, windows, allowed)
+    print(table(found) if len(found) > 1 else lines(found[0]))
+    note = cap_note(found)
+    if note is not None:
+        print(note)
+    if options.json is not None:
+        rows = [asdict(quality) for quality in found]
+        values = {"run": str(options.run), "data": corpus.name, "context": config.model.context}
+        runs.write_json(Path(options.json), values | {"stride": options.stride, "rows": rows})
+    if options.plot is not None:
+        plot_compute(found, Path(options.plot))
+
+
+def _windows(text: Tensor, config: RunConfig, options: argparse.Namespace) -> Windows:
+    context = config.model.context
+    if options.stride is None:
+        return spread(text, context, config.training.evaluation_windows)
+    if options.tokens is not None:
+        if options.tokens < context:
+            raise UsageError(f"--tokens must be at least the context, {context}, not {options.tokens}.")
+        text = text[: options.tokens + 1]
+    return strided(text, context, options.stride)
 
 
 def _prove(options: argparse.Namespace) -> int:
@@ -189,15 +248,6 @@ def _prove(options: argparse.Namespace) -> int:
     record = prove(folder, options.seed, NETWORKS, STACKS, options.command)
     print(f"page: {folder / 'proof.html'}")
     return 0 if record.holds else 1
-
-
-def _print_measurement(found: Measurement) -> None:
-    print(f"bits per byte    {found.bits_per_byte:.3f}")
-    if found.residual is not None and found.steps is not None and found.share_at_cap is not None:
-        median, p95 = float(found.residual.median()), float(found.residual.quantile(0.95))
-        print(f"residual         {median:.1e} median, {p95:.1e} 95th percentile")
-        print(f"evaluations      {found.steps.float().mean():.1f} on average, {int(found.steps.max())} at most")
-        print(f"solves at cap    {found.share_at_cap:.1%}")
 
 
 def _print_evaluation(found: dict[str, Any]) -> None:
