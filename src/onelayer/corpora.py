@@ -203,10 +203,20 @@ def validation_windows(tokens: Tokens, context: int, count: int) -> tuple[Tensor
     Raises:
         UsageError: the text is not longer than one context, or a number is out of its range.
     """
+    return _windows(tokens, spread_starts(tokens, context, count), context)
+
+
+def spread_starts(tokens: Tokens, context: int, count: int) -> npt.NDArray[np.int64]:
+    """Where the windows of `validation_windows` start, whose arguments are these.
+
+    >>> _ = Path("text.bin").write_bytes(bytes(range(100)))
+    >>> spread_starts(Tokens(Path("text.bin"), np.dtype(np.uint8), vocabulary=256), context=8, count=3)
+    array([ 0, 45, 91])
+    """
     _check_windows(tokens, context, count)
     count = min(count, (len(tokens) - 1) // context)
     room = len(tokens) - 1 - context
-    return _windows(tokens, np.array([i * room // max(count - 1, 1) for i in range(count)]), context)
+    return np.array([i * room // max(count - 1, 1) for i in range(count)])
 
 
 def _check_windows(tokens: Tokens, context: int, count: int) -> None:

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onelayer import corpora, pretrained
+from onelayer import corpora, pretrained, tokenizer
 from onelayer.errors import UsageError
 from onelayer.files import write_bytes
 from onelayer.model_card import Measured, card
 from onelayer.models.language_model import LanguageModel
 from onelayer.prepared import Corpus, is_prepared
 from onelayer.presets import RunConfig, from_dict, to_dict
+from onelayer.tokenizer import Tokenizer
 
 try:
     import fcntl
@@ -186,6 +187,21 @@ def load_model(run: Path) -> tuple[LanguageModel, RunConfig]:
         )
     device = config.training.device if torch.cuda.is_available() else "cpu"
     return model.to(device), config
+
+
+def load_tokenizer(run: Path) -> Tokenizer:
+    """The tokenizer of the model of a run.
+
+    >>> load_tokenizer(Path("runs/first")).encode(b"def ").tolist()             # doctest: +SKIP
+    [100, 101, 102, 32]
+
+    Raises:
+        UsageError: it is missing or damaged.
+    """
+    document = pretrained.read_tokenizer(run / "model")
+    if document is None:
+        raise UsageError(f"{run / 'model'} has no tokenizer.json: restore the one that it was trained with.")
+    return tokenizer.from_json(document)
 
 
 def write_model(run: Path, config: RunConfig, weights: dict[str, Tensor], corpus: Corpus, step: int) -> None:

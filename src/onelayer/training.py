@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from onelayer import checkpoints, corpora, learner, runs
-from onelayer.evaluation import Measurement, evaluate, measure, peak_memory_bytes
+from onelayer import checkpoints, learner, runs
+from onelayer.evaluation import evaluate, peak_memory_bytes
 from onelayer.learner import Learner
 from onelayer.model_card import Measured
 from onelayer.models.language_model import LanguageModel
 from onelayer.parallel import Processes, processes
 from onelayer.prepared import Corpus
 from onelayer.presets import RunConfig
+from onelayer.quality import Quality, score, spread
 from onelayer.report import write_report
 
 
@@ -94,13 +95,13 @@ def _alone_in(run: Path, group: Processes) -> Iterator[None]:
 def _fit(config: RunConfig, run: Path, resume: bool, corpus: Corpus, group: Processes, tensorboard: bool) -> float:
     """Trains to the end, and returns the seconds that it took, sittings before this one included."""
     training, context = config.training, config.model.context
-    found = checkpoints.newest(run / "checkpoints", group) if resume else None
+    resumed = checkpoints.newest(run / "checkpoints", group) if resume else None
     learning = learner.start(config, group)
     step, seconds = 0, 0.0
-    if found is None:
+    if resumed is None:
         _save(run, learning, corpus, step, seconds)
     else:
-        checkpoint, facts, complaints = found
+        checkpoint, facts, complaints = resumed
         learning.load(checkpoint)
         step, seconds = int(facts["step"]), float(facts["seconds"])
         for complaint in complaints if group.first else ():
@@ -110,7 +111,7 @@ def _fit(config: RunConfig, run: Path, resume: bool, corpus: Corpus, group: Proc
         print(f"{corpus.describe()}\n{_describe(learning.model)}{shared}\nrun folder: {run}", flush=True)
 
     metrics = runs.Metrics(run, after_step=step, tensorboard=tensorboard) if group.first else None
-    inputs, targets = corpora.validation_windows(corpus.validation, context, training.validation_windows)
+    windows = spread(corpus.validation, context, training.validation_windows)
     bar = tqdm(
         total=training.steps,
         initial=step,
@@ -132,9 +133,9 @@ def _fit(config: RunConfig, run: Path, resume: bool, corpus: Corpus, group: Proc
             bar.update()
             if step % training.validate_every == 0 or step == training.steps:
                 # Every process measures all windows: under "fsdp2" each has to take part in each call.
-                validation = _numbers(measure(learning.model, config, inputs, targets))
+                (found,) = score(learning.model, config, windows, corpus.tokenizer.lengths)
                 if metrics is not None:
-                    metrics.write({"kind": "validation", "step": step} | validation)
+                    metrics.write({"kind": "validation", "step": step} | _numbers(found))
             # A signal may reach one process before another, and all have to stop at the same step.
             interrupted = bool(group.gather(torch.tensor([signals.noted], device=group.device)).any())
             if step % training.save_every == 0 or step == training.steps or interrupted:
@@ -154,11 +155,11 @@ def _save(run: Path, learning: Learner, corpus: Corpus, step: int, seconds: floa
     learning.group.first_alone(lambda: runs.write_model(run, learning.config, weights, corpus, step))
 
 
-def _numbers(found: Measurement) -> dict[str, float | None]:
+def _numbers(found: Quality) -> dict[str, float | None]:
     return {
         "bits_per_byte": found.bits_per_byte,
-        "evaluations_forward": None if found.steps is None else float(found.steps.float().mean()),
-        "residual": None if found.residual is None else float(found.residual.median()),
+        "evaluations_forward": found.evaluations,
+        "residual": found.residual,
         "share_at_cap": found.share_at_cap,
     }
 
