@@ -150,14 +150,14 @@ def test_a_folder_that_is_no_run(tmp_path: Path, run: Path, capsys: pytest.Captu
 def test_a_damaged_model_is_not_used(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]):
     broken = tmp_path / "broken"
     shutil.copytree(run, broken)
-    weights = broken / "model.safetensors"
+    weights = broken / "model" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-7] ^= 1
     weights.write_bytes(data)
     assert_refused(capsys, "damaged", "generate", str(broken), "--prompt", "def ")
     assert_refused(capsys, "damaged", "evaluate", str(broken))
     weights.unlink()
-    assert_refused(capsys, "does not exist", "generate", str(broken), "--prompt", "def ")
+    assert_refused(capsys, "missing", "generate", str(broken), "--prompt", "def ")
 
 
 @pytest.mark.parametrize(

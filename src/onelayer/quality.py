@@ -30,28 +30,27 @@ class Quality:
     Attributes:
         max_steps: evaluations of the block allowed to a solve; `None` for models without equilibrium.
         evaluations: of the block until a window's solve stopped, the mean; `None` likewise.
-        evaluations_p95: their 95th percentile; `None` likewise.
-        histogram: how many solves took how many; `None` likewise.
         residual: relative residual of a window's state, the median; `None` likewise.
-        residual_p95: their 95th percentile; `None` likewise.
         share_at_cap: share of the solves that ended without meeting the tolerance; `None` likewise.
         bits_per_byte: cross entropy of all tokens in bits over the bytes that they stand for.
         perplexity: exponential of the mean cross entropy of a token.
         tokens: number of tokens scored.
         bytes: that they stand for.
+        evaluations_p95, residual_p95: 95th percentiles of both; `None` likewise.
+        histogram: how many solves took how many evaluations; `None` likewise.
     """
 
     max_steps: int | None
     evaluations: float | None
-    evaluations_p95: float | None
-    histogram: dict[int, int] | None
     residual: float | None
-    residual_p95: float | None
     share_at_cap: float | None
     bits_per_byte: float
     perplexity: float
     tokens: int
     bytes: int
+    evaluations_p95: float | None = None
+    residual_p95: float | None = None
+    histogram: dict[int, int] | None = None
 
 
 class Batch(NamedTuple):
@@ -207,19 +206,19 @@ def _pass(
         raise UsageError("The tokens scored stand for no bytes: read the text with the tokenizer of this model.")
     rates = nats / math.log(2) / length, math.exp(min(nats / tokens, 700.0)), tokens, length
     if not model.is_equilibrium:
-        return Quality(None, None, None, None, None, None, None, *rates)
+        return Quality(None, None, None, None, *rates)
     steps = torch.cat([solution.steps for solution in solutions]).double()
     residual = torch.cat([solution.residual for solution in solutions]).double()
     at_cap = torch.cat([~solution.converged for solution in solutions]).double()
     return Quality(
         model.config.eval_max_steps if max_steps is None else max_steps,
         float(steps.mean()),
-        float(steps.quantile(0.95)),
-        dict(sorted(Counter(map(int, steps.tolist())).items())),
         float(residual.median()),
-        float(residual.quantile(0.95)),
         float(at_cap.mean()),
         *rates,
+        float(steps.quantile(0.95)),
+        float(residual.quantile(0.95)),
+        dict(sorted(Counter(map(int, steps.tolist())).items())),
     )
 
 
