@@ -108,6 +108,21 @@ def test_padding_on_the_left_changes_no_logits(form: str, depth: str):
         near(row, wanted[-3:], depth)
 
 
+@each_form
+@torch.no_grad()
+def test_padding_has_the_state_zero_whatever_a_solver_tries(form: str):
+    """So that its Jacobian is zero too, where a normalisation of zeros would have a large one."""
+    model, tokens, caught = model_of(form), some_tokens(), []
+    model.depth.block.register_forward_pre_hook(lambda block, inputs: caught.append(inputs))
+    real = torch.ones(3, 12, dtype=torch.bool)
+    real[1, :4] = False
+    model(tokens, real=real)
+    z, x, context = caught[0]
+    out = model.depth.block(torch.randn_like(z), x, context)
+    assert (out[1, :4] == 0).all()
+    assert (out[real] != 0).all()
+
+
 @pytest.mark.parametrize("form", ["post", "trellisnet"])
 def test_padding_gets_no_gradient(form: str):
     model = model_of(form, warm_start=True).train()
