@@ -1,10 +1,10 @@
-"""Which block f(z, x) to train: three candidates of equal size under the same trainer.
+"""Which block f(z, x) to train: candidates of equal size under the same trainer.
 
     python benchmarks/blocks.py --steps 300
 
 prints, for each block, validation bits per byte, evaluations until the tolerance is met, residual, share of the solves
 that never met it, bits per byte when the block is applied only once, and seconds of training. What was chosen and why
-is in docs/log.md.
+is in docs/log.md; what became an option of the model is in benchmarks/options.py.
 """
 
 from __future__ import annotations
@@ -13,48 +13,34 @@ import argparse
 import time
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from onelayer import corpora
 from onelayer.evaluation import measure
-from onelayer.models.transformer import Block, TransformerConfig, TransformerLM
+from onelayer.models.language_model import LanguageModel
+from onelayer.models.transformer import Context, TransformerBlock
 from onelayer.presets import changed, preset
 from onelayer.training import make_optimizer, train_step
 
 
-class IdentitySubtracted(Block):
-    """A pre-norm residual block less its identity path, f(z, x) = B(z + x) - z, with gated branches (LayerScale)."""
-
-    def __init__(self, config: TransformerConfig, gate: float = 0.5) -> None:
-        super().__init__(config)
-        self.attention_gate = nn.Parameter(torch.full((config.width,), gate))
-        self.feed_forward_gate = nn.Parameter(torch.full((config.width,), gate))
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        u = z + x
-        mixed = self.attention_gate * self.attention(self.attention_norm(u))
-        return x + mixed + self.feed_forward_gate * self.feed_forward(self.output_norm(u + mixed))
-
-
-class NormalisedUpdate(Block):
+class NormalisedUpdate(TransformerBlock):
     """Both branches side by side on z + x, no identity path, the sum with x normalised."""
 
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+    def forward(self, z: Tensor, x: Tensor, context: Context) -> Tensor:
         u = self.attention_norm(z + x)
-        return self.output_norm(x + self.attention(u) + self.feed_forward(u))
+        return self.output_norm(x + self._attention(u, context) + self._feed_forward(u, context))
 
 
-class PreNorm(Block):
+class PreNorm(TransformerBlock):
     """The usual pre-norm residual block on z + x, whose equilibrium is where its branches cancel: kept as a warning."""
 
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+    def forward(self, z: Tensor, x: Tensor, context: Context) -> Tensor:
         u = z + x
-        u = u + self.attention(F.rms_norm(u, u.shape[-1:]))
-        return u + self.feed_forward(self.output_norm(u))
+        u = u + self._attention(self.attention_norm(u), context)
+        return u + self._feed_forward(self.output_norm(u), context)
 
 
-BLOCKS = (Block, IdentitySubtracted, NormalisedUpdate, PreNorm)
+BLOCKS = (TransformerBlock, NormalisedUpdate, PreNorm)
 
 
 def main() -> None:
@@ -73,7 +59,7 @@ def main() -> None:
             values = {"steps": options.steps, "learning_rate": rate, "unrolled_steps": options.unrolled_steps}
             config = changed(preset("small"), values)
             torch.manual_seed(config.training.seed)
-            model = TransformerLM(config.model, block)
+            model = LanguageModel(config.model, block)
             optimizer = make_optimizer(model, config.training)
             began = time.perf_counter()
             for step in range(options.steps):

@@ -167,6 +167,20 @@ def test_autocast_is_for_the_function(kind: torch.dtype):
         assert (half - single).norm() < 0.03 * single.norm()
 
 
+def test_what_a_function_does_outside_of_autocast_is_differentiated_outside_of_it():
+    w, found = W.float(), []
+
+    def call(z: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return z @ w.T
+
+    for enabled in (True, False):
+        torch.manual_seed(7)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found.append(eq.nn.jacobian_penalty(call, Z.float()))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_states_in_half_precision_are_squared_in_single(kind: torch.dtype):
     big = 300.0  # its square is too large for float16

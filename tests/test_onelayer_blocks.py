@@ -68,7 +68,8 @@ def attention(block: TransformerBlock, u: Tensor, positions: str) -> Tensor:
 @torch.no_grad()
 def test_the_transformer_s_block_is_its_equations(form: str, positions: str):
     x, z = torch.randn(2, 2, 5, 16, dtype=DOUBLE)
-    block, context = block_of(replace(TINY, block=form, positions=positions), x)
+    block, context = block_of(replace(TINY, block=form, positions=positions, dropout=0.3), x)
+    one, two = context.prepared.masks
 
     def feed_forward(u: Tensor) -> Tensor:
         return F.gelu(u @ block.expand.weight.T) @ block.contract.weight.T
@@ -78,11 +79,11 @@ def test_the_transformer_s_block_is_its_equations(form: str, positions: str):
 
     u = z + x
     if form == "post":
-        u = norm(block.attention_norm, u + attention(block, u, positions))
-        wanted = norm(block.output_norm, u + feed_forward(u))
+        u = norm(block.attention_norm, u + one * attention(block, u, positions))
+        wanted = norm(block.output_norm, u + two * feed_forward(u))
     else:  # a pre-norm block with LayerScale, less its identity path
-        u = u + block.attention_gate * attention(block, norm(block.attention_norm, u), positions)
-        wanted = u + block.feed_forward_gate * feed_forward(norm(block.output_norm, u)) - z
+        u = u + block.attention_gate * one * attention(block, norm(block.attention_norm, u), positions)
+        wanted = u + block.feed_forward_gate * two * feed_forward(norm(block.output_norm, u)) - z
     torch.testing.assert_close(block(z, x, context), wanted, rtol=0, atol=1e-12)
 
 
@@ -131,8 +132,9 @@ def test_the_equilibrium_of_a_trellisnet_can_be_an_lstm():
 @torch.no_grad()
 def test_the_trellisnet_s_block_is_its_equations(kernel: int):
     x, z = torch.randn(2, 5, 16, dtype=DOUBLE), torch.randn(2, 5, 32, dtype=DOUBLE)
-    block, context = block_of(replace(TINY, architecture="trellisnet", kernel=kernel), x)
+    block, context = block_of(replace(TINY, architecture="trellisnet", kernel=kernel, dropout=0.3), x)
     shown, carried = z.chunk(2, dim=-1)
+    shown = shown * context.prepared.masks[0]
     # A convolution of torch's own; its kernel is (rows, columns, taps).
     convolved = [
         F.conv1d(F.pad(a.mT, (kernel - 1, 0)), part.weight.unflatten(1, (kernel, 16)).mT.contiguous()).mT

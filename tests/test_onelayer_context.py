@@ -3,7 +3,7 @@
 import pytest
 import torch
 from language_models import DEPTHS, FORMS, TINY, model_of, near, some_tokens
-from torch import Tensor
+from torch import Tensor, nn
 
 from onelayer.models.window import Slot, window
 
@@ -87,13 +87,16 @@ def test_padding_on_the_left_changes_no_logits(form: str, depth: str):
     lengths = (9, 4, 7)
     texts = [some_tokens(1, length, seed=length) for length in lengths]
     alone = [model(text).logits[0] for text in texts]
-    padded = torch.cat([torch.nn.functional.pad(text, (9 - text.shape[1], 0), value=3) for text in texts])
+    padded = torch.cat([nn.functional.pad(text, (9 - text.shape[1], 0), value=3) for text in texts])
     real = torch.stack([torch.arange(9) >= 9 - length for length in lengths])
     whole = model(padded, real=real)
     for row, wanted in zip(whole.logits, alone, strict=True):
         near(row[9 - len(wanted) :], wanted, depth)
     assert (whole.state[~real] == 0).all()
     assert whole.logits.isfinite().all()
+    if depth == "equilibrium":  # a start that is wrong there is right after one step
+        started = model(padded, real=real, start=torch.randn_like(whole.state), max_steps=2)
+        assert (started.state[~real] == 0).all()
     # Numbers and bools say the same, and padding nowhere is none.
     assert torch.equal(model(padded, real=real.long()).logits, whole.logits)
     assert torch.equal(model(padded, real=torch.ones_like(real)).logits, model(padded).logits)
@@ -108,9 +111,25 @@ def test_padding_on_the_left_changes_no_logits(form: str, depth: str):
         near(row, wanted[-3:], depth)
 
 
+@each_form
+@torch.no_grad()
+def test_padding_has_the_state_zero_whatever_a_solver_tries(form: str):
+    """So that its Jacobian is zero too, where a normalisation of zeros would have a large one."""
+    model, tokens, caught = model_of(form), some_tokens(), []
+    model.depth.block.register_forward_pre_hook(lambda block, inputs: caught.append(inputs))
+    real = torch.ones(3, 12, dtype=torch.bool)
+    real[1, :4] = False
+    model(tokens, real=real)
+    z, x, context = caught[0]
+    out = model.depth.block(torch.randn_like(z), x, context)
+    assert (out[1, :4] == 0).all()
+    assert (out[real] != 0).all()
+
+
 @pytest.mark.parametrize("form", ["post", "trellisnet"])
 def test_padding_gets_no_gradient(form: str):
     model = model_of(form, warm_start=True).train()
+    nn.init.normal_(model.guess.weight)
     tokens, targets = some_tokens(2, 6) % 19, some_tokens(2, 6, seed=2) % 19
     tokens[0, :3] = 19  # the padding, which is nowhere else
     real = tokens != 19

@@ -168,6 +168,25 @@ def test_a_compiled_block_has_the_same_gradients_and_penalty(form: str):
         torch.testing.assert_close(found[1][name], found[0][name], rtol=0, atol=1e-9, msg=name)
 
 
+@both_architectures
+def test_a_compiled_model_and_a_functional_one_have_the_same_gradients(form: str):
+    torch._dynamo.reset()
+    model, tokens, targets = model_of(form, weight_norm=True), some_tokens(2, 6), some_tokens(2, 6, seed=2)
+    wanted = gradients(model, model(tokens, targets).losses.mean())
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    found = [gradients(model, compiled(tokens, targets).losses.mean())]
+    assert counter.frame_count == 3  # before the solve, and after it inside of the depth and outside
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (tokens, targets)).losses.mean()
+
+    found.append(torch.func.grad(loss)(dict(model.named_parameters())))
+    for other in found:
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-9, msg=name)
+
+
 # Solves.
 
 
@@ -298,6 +317,7 @@ def test_an_empty_batch_goes_in_and_comes_out(form: str, depth: str, shape: tupl
     assert model(tokens).logits.shape == (*shape, 20)
     output = model(tokens, tokens, remember=True)
     assert output.losses.shape == shape
+    assert output.penalty == 0
     (output.losses.sum() + output.penalty).backward()
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 

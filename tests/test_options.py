@@ -162,7 +162,10 @@ def test_the_options_of_a_layer_stay_checked_when_they_are_changed():
     layer.max_steps, layer.eval_max_steps = 30, 0
     layer.eval()
     refused(lambda: layer(X), ValueError, "max_steps", "0")
-    layer.eval_max_steps, layer.on_failure = None, "panic"
+    layer.eval_max_steps = None
+    refused(lambda: layer(X, max_steps=0), ValueError, "max_steps", "0")
+    refused(lambda: layer.solve(X, max_steps=2.5), TypeError, "max_steps", "2.5")
+    layer.on_failure = "panic"
     refused(lambda: layer(X), ValueError, "on_failure", "'panic'")
 
 

@@ -107,7 +107,8 @@ class Depth(nn.Module):
         """
         if self.layer is None and (max_steps is not None or unrolled is not None):
             raise UsageError(
-                f"max_steps is for equilibrium models, and this one has {self.config.layers} layers: leave it out."
+                "max_steps and unrolled are for equilibrium models, and this one has "
+                f"{self.config.layers} layers: leave them out."
             )
         if max_steps is not None and unrolled is not None:
             raise UsageError("max_steps is for solves, and there is none of an unrolled block: give one of the two.")

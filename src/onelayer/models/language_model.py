@@ -133,10 +133,8 @@ class LanguageModel(nn.Module):
         guess = None if self.guess is None else self.guess(tokens)
         if guess is not None and frame.real is not None:
             guess = torch.where(frame.real, guess, 0)
-        if start is None and guess is not None:
-            start = guess.detach()
-        if start is not None and frame.real is not None:
-            start = torch.where(frame.real, start, 0)
+        if start is None:
+            start = guess
         result = self.depth(x, frame, past, memory, start, max_steps, unrolled, remember)
         hidden = self.norm(self.depth.block.read(result.z))
         logits, losses = self._unembed(hidden, targets)
@@ -156,7 +154,8 @@ class LanguageModel(nn.Module):
         return total, total - sum(parameter.numel() for part in tables for parameter in part.parameters())
 
     def _check(self, tokens: Tensor) -> None:
-        if tokens.numel() and tokens.device.type == "cpu":
+        # Elsewhere and compiled, the embedding complains by itself, in other words and without being waited for.
+        if tokens.numel() and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = (int(end) for end in tokens.aminmax())
             if low < 0 or high >= self.config.vocabulary:
                 raise UsageError(
