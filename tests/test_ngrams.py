@@ -1,24 +1,38 @@
 """Byte models against a slow one that follows the formula word for word, and against the laws of probability."""
 
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from onelayer import ngrams
+from onelayer import ngrams, token_files, tokenizer
 from onelayer.errors import UsageError
+from onelayer.prepared import Corpus
+from onelayer.token_files import Tokens
 
 # Few letters make contexts recur, all letters make some unseen: both cases of the formula come up.
 text = st.one_of(st.binary(min_size=1, max_size=80), st.text("ab\n", min_size=1, max_size=80).map(str.encode))
+BYTES = tokenizer.of_bytes()
 orders = st.sampled_from(ngrams.ORDERS)
 
 
 def tokens(data: bytes) -> Tensor:
     return torch.tensor(list(data), dtype=torch.uint8)
+
+
+def baselines(train: bytes, validation: bytes, of_these: tokenizer.Tokenizer = BYTES) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as name:
+        parts = []
+        for part, data in (("train", train), ("validation", validation)):
+            token_files.write(Path(name, part), [of_these.encode(data)], of_these.dtype)
+            parts.append(Tokens(Path(name, part), of_these.dtype, of_these.vocabulary))
+        return ngrams.baselines(Corpus("text", Path(name), *parts, of_these, len(train), len(validation), 1, 1, 0, ""))
 
 
 class DictionaryModel:
@@ -65,10 +79,10 @@ def test_a_distribution_is_positive_sums_to_one_and_agrees_with_scoring(train: b
 
 @given(train=text, scored=text, piece=st.integers(1, 7))
 def test_counting_and_scoring_in_pieces_changes_nothing(train: bytes, scored: bytes, piece: int):
-    whole = ngrams.baselines(tokens(train), tokens(scored))
+    whole = baselines(train, scored)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ngrams, "_PIECE", piece)
-        in_pieces = ngrams.baselines(tokens(train), tokens(scored))
+        in_pieces = baselines(train, scored)
     assert list(whole) == ["0", "1", "2"]
     for order, bits in whole.items():
         np.testing.assert_allclose(in_pieces[order], bits, rtol=1e-12)
@@ -77,7 +91,20 @@ def test_counting_and_scoring_in_pieces_changes_nothing(train: bytes, scored: by
 @given(train=text, scored=text, order=orders)
 def test_baselines_are_the_models_of_each_order(train: bytes, scored: bytes, order: int):
     expected = ngrams.fit(tokens(train), order).bits_per_byte(tokens(scored))
-    assert ngrams.baselines(tokens(train), tokens(scored))[str(order)] == expected
+    assert baselines(train, scored)[str(order)] == expected
+
+
+@settings(max_examples=30)
+@given(train=text, scored=text, most=st.integers(1, 40))
+def test_baselines_read_the_first_bytes_whatever_the_tokens(train: bytes, scored: bytes, most: int):
+    pairs = tokenizer.train([b"abababab\n" * 9], 259)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ngrams, "MOST", most)
+        patch.setattr(ngrams, "_PIECE", 3)
+        found = baselines(train, scored), baselines(train, scored, pairs)
+    expected = baselines(train[:most], scored[:most])
+    for order, bits in expected.items():
+        np.testing.assert_allclose([figures[order] for figures in found], bits, rtol=1e-12)
 
 
 def test_a_byte_never_seen_costs_finite_bits():

@@ -57,6 +57,55 @@ def test_evaluation_says_what_allowed_evaluations_cost(run: Path, data: Path, ca
     assert bits() == bits("--data", str(data)) == bits("--max-steps", "1000")
 
 
+def test_text_is_turned_into_tokens_once_for_many_runs(
+    data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    tokens = tmp_path / "tokens"
+    said = output(capsys, "tokenize", "--data", str(data), "--out", str(tokens))
+    assert "bytes to train on (1 file)" in said
+    before = {path: path.read_bytes() for path in tokens.iterdir()}
+    for name in ("one", "two"):
+        output(
+            capsys, "train", "--preset", "tiny", "--data", str(tokens), "--run", str(tmp_path / name), "--steps", "4"
+        )
+        assert not (tmp_path / name / "tokens").exists()
+        assert "bits per byte" in output(capsys, "evaluate", str(tmp_path / name))
+    shared, own = (output(capsys, "evaluate", str(run), *more) for more in (["--data", str(tokens)], []))
+    assert shared == own
+    assert {path: path.read_bytes() for path in tokens.iterdir()} == before
+
+    pairs = tmp_path / "pairs"
+    said = output(capsys, "tokenize", "--data", str(data), "--out", str(pairs), "--vocabulary", "300")
+    assert "of a vocabulary of 300" in said
+    other = ("tokenize", "--data", str(data), "--out", str(tmp_path / "other"))
+    assert "of a vocabulary of 300" in output(capsys, *other, "--tokenizer", str(pairs / "tokenizer.json"))
+    assert {path.name: path.read_bytes() for path in pairs.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()
+    }
+    assert_refused(
+        capsys, "vocabulary of 300, the model's of 256", "train", "--data", str(pairs), "--run", str(tmp_path / "no")
+    )
+    assert_refused(capsys, "another tokenizer", "evaluate", str(run), "--data", str(pairs))
+
+
+def test_tokenizing_that_makes_no_sense(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "out"
+    of_data = ("tokenize", "--data", str(data), "--out", str(out))
+    assert_refused(capsys, "255 and must be at least 256", *of_data, "--vocabulary", "255")
+    assert_refused(capsys, "ask for a smaller one", *of_data, "--vocabulary", "100000")
+    assert_refused(capsys, "not allowed with", *of_data, "--vocabulary", "300", "--tokenizer", "tokenizer.json")
+    assert_refused(capsys, "nowhere.json cannot be read", *of_data, "--tokenizer", str(tmp_path / "nowhere.json"))
+    assert_refused(capsys, "text.txt: This is no tokenizer.json", *of_data, "--tokenizer", str(data))
+    assert_refused(capsys, "--out", "tokenize", "--data", str(data))
+    assert_refused(
+        capsys, "missing.txt does not exist", "tokenize", "--data", str(tmp_path / "missing.txt"), "--out", "o"
+    )
+    assert not out.exists()
+    output(capsys, *of_data)
+    assert_refused(capsys, "exists already", *of_data)
+    assert_refused(capsys, "holds tokens already", "tokenize", "--data", str(out), "--out", str(tmp_path / "again"))
+
+
 def bad_data(folder: Path) -> dict[str, Path]:
     (folder / "empty.txt").write_bytes(b"")
     (folder / "short.txt").write_bytes(b"def f(): pass\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ PREFIX = "hf:"
 FILES = ("train.text", "validation.text")
 
 _VALIDATION = ("validation", "valid", "dev")
+_STRINGS = ("string", "large_string")
 
 
 def fetch(data: str, folder: Path) -> list[list[Document]]:
@@ -43,9 +44,11 @@ def fetch(data: str, folder: Path) -> list[list[Document]]:
             "folder."
         ) from None
     name, _, configuration = data.removeprefix(PREFIX).partition(":")
+    if not name:
+        raise UsageError(f"The data {data} name no data set: give one, as in hf:owner/name.")
     splits = _asked(data, lambda: datasets.load_dataset(name, configuration or None, streaming=True))
     return [
-        [_write(data, _rows(data, splits[split]), folder / file)]
+        [_write(data, splits[split], folder / file)]
         for split, file in zip(_choose(data, list(splits)), FILES, strict=False)
     ]
 
@@ -74,9 +77,9 @@ def _choose(data: str, names: list[str]) -> list[str]:
     return [train, *[name for name in _VALIDATION if name in names and name != train][:1]]
 
 
-def _write(data: str, rows: Iterable[dict[str, Any]], path: Path) -> Document:
+def _write(data: str, split: Any, path: Path) -> Document:
     with path.open("wb") as file:
-        for text in _texts(data, rows):
+        for text in _texts(data, split):
             file.write((text if text.endswith("\n") else text + "\n").encode())
     size = path.stat().st_size
     if not size:
@@ -84,15 +87,20 @@ def _write(data: str, rows: Iterable[dict[str, Any]], path: Path) -> Document:
     return Document("", path, size, ends_line=True)
 
 
-def _texts(data: str, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+def _texts(data: str, split: Any) -> Iterator[str]:
     columns: list[str] = []
-    for row in rows:
-        if not columns:
-            columns = (
-                ["text"] if isinstance(row.get("text"), str) else [k for k, v in row.items() if isinstance(v, str)]
-            )
-            if not columns:
-                raise UsageError(f"The data set {data} has no column of text, only {', '.join(row)}: name another one.")
+    for row in _rows(data, split):
+        columns = columns or _columns(data, split, row)
         text = "\n".join(row[column] for column in columns if row[column])
         if text:
             yield text
+
+
+def _columns(data: str, split: Any, row: dict[str, Any]) -> list[str]:
+    if split.features is None:  # some formats do not say what their columns hold before they are read
+        found = [name for name, value in row.items() if isinstance(value, str)]
+    else:
+        found = [name for name, feature in split.features.items() if getattr(feature, "dtype", "") in _STRINGS]
+    if not found:
+        raise UsageError(f"The data set {data} has no column of text, only {', '.join(row)}: name another one.")
+    return ["text"] if "text" in found else found

@@ -69,7 +69,7 @@ class Corpus:
             parts.append(f"{_files(self.skipped_files)} skipped as empty or not text")
         if not self.tokenizer.is_bytes:
             tokens = f"{len(self.train):,} and {len(self.validation):,} tokens"
-            parts.append(f"{tokens} of a vocabulary of {self.tokenizer.vocabulary:,}")
+            parts.append(f"as {tokens} of a vocabulary of {self.tokenizer.vocabulary:,}")
         return ", ".join(parts)
 
 

@@ -107,7 +107,9 @@ def _run(options: argparse.Namespace) -> None:
 
 def _print_evaluation(found: dict[str, Any]) -> None:
     orders = ", ".join(f"{bits:.3f} of order {order}" for order, bits in found["ngrams"].items())
-    print(f"bits per byte    {found['bits_per_byte']:.3f} on validation text (byte models: {orders})")
+    print(
+        f"bits per byte    {found['bits_per_byte']:.3f} on validation text (byte models, of at most 32 MiB: {orders})"
+    )
     if found["residual"] is not None:
         allowed = {row["max_steps"]: row["bits_per_byte"] for row in found["by_allowed_evaluations"]}
         print(f"residual         {found['residual']:.1e} median, {found['residual_p95']:.1e} 95th percentile")

@@ -25,8 +25,9 @@ _CAPTIONS = {
     "loss": (
         "Bits per byte",
         "Pale: every training step; full: their running mean; dots: validation. Dashed, once a run is evaluated: byte "
-        "models that count strings of one, two and three bytes in the same training text, scored on the same text. A "
-        "model that knows more than these counts ends below the lowest. A steep start may lie outside the frame.",
+        "models that count strings of one, two and three bytes in the same training text, scored on the same text, of "
+        "each at most the first 32 MiB. A model that knows more than these counts ends below the lowest. A steep start "
+        "may lie outside the frame.",
     ),
     "residual": (
         "Is it an equilibrium?",
