@@ -1,4 +1,4 @@
-"""The folder that a model is published in: whole or as before, read back bit for bit, and refused where parts disagree."""
+"""The folder that a model is published in: read back bit for bit, whole or as it was, refused where parts disagree."""
 
 import json
 import os
@@ -102,7 +102,10 @@ def _larger_tokenizer() -> str:
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors are damaged"),
         (lambda folder: _flip(folder / "model.safetensors"), "checksum does not match"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json is damaged"),
-        (lambda folder: (folder / "tokenizer.json").write_text(_larger_tokenizer()), "has 257 tokens and the model only"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text(_larger_tokenizer()),
+            "has 257 tokens and the model only",
+        ),
     ],
 )
 def test_parts_that_are_damaged_or_disagree_are_named(damage: Any, says: str, tmp_path: Path):
@@ -161,7 +164,15 @@ def test_a_card_states_what_was_measured_and_what_was_not():
     assert "relative residual 0.005, at most 64 evaluations" in unmeasured
     assert f"{counts[0]:,}" in unmeasured
     good = card(CONFIG, counts, "some books", 12345, Measured(2.125, 12.7, 4.2e-3, 0.05))
-    for says in ("2.125 bits per byte", "12.7 on average", "4.2e-03", "5.0%", "some books", "12,345", "at its equilibrium"):
+    for says in (
+        "2.125 bits per byte",
+        "12.7 on average",
+        "4.2e-03",
+        "5.0%",
+        "some books",
+        "12,345",
+        "at its equilibrium",
+    ):
         assert says in good, says
     assert "not measured" not in good
     assert "not an equilibrium" not in good

@@ -167,7 +167,7 @@ class LanguageModel(nn.Module):
             shape, hidden = hidden.shape[:2], hidden.flatten(0, 1).to(self.adaptive.head.weight.dtype)
             if targets is None:
                 return self.adaptive.log_prob(hidden).unflatten(0, shape), None
-            losses = -self.adaptive(hidden, targets.flatten()).output.float()
+            losses = -self.adaptive(hidden, targets.flatten()).output
             # Clusters that no target fell in take part too, as data parallelism expects of every parameter.
             losses = losses + 0 * sum(parameter.sum() for parameter in self.adaptive.parameters())
         return None, losses.view(targets.shape)
