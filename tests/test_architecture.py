@@ -110,6 +110,15 @@ def test_the_library_needs_torch_and_nothing_else(module: str):
         assert imported.split(".")[0] in allowed, f"{module} imports {imported}."
 
 
+@pytest.mark.parametrize("module", [name for name in sorted(TREES) if name.startswith("onelayer")])
+def test_only_the_room_for_transformers_needs_it(module: str):
+    if module.split(".")[1:2] == ["hf"]:
+        return
+    for imported in IMPORTS[module]:
+        assert imported.split(".")[0] not in {"transformers", "accelerate"}, f"{module} imports {imported}."
+        assert not imported.startswith("onelayer.hf"), f"{module} imports {imported}, and with it transformers."
+
+
 @pytest.mark.parametrize("module", sorted(TREES))
 def test_no_import_of_our_own_hides_in_a_function(module: str):
     for function in ast.walk(TREES[module]):

@@ -1,6 +1,9 @@
 """Citizens of transformers: what generation, caches, Trainer and pipelines make of a model is what the model says."""
 
+import importlib
 import json
+import re
+import sys
 from dataclasses import fields
 from functools import cache as kept
 from pathlib import Path
@@ -14,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    CompileConfig,
     DynamicCache,
     GPT2Config,
     StaticCache,
@@ -61,7 +65,7 @@ def model_of(kind: str = "equilibrium", **values: Any) -> DEQForCausalLM:
     with torch.no_grad():
         for parameter in model.model.depth.parameters():
             if parameter.ndim == 2:
-                parameter.mul_(0.7)
+                parameter.mul_(0.8)
     return model
 
 
@@ -109,8 +113,8 @@ def test_50_prompts_go_on_as_by_hand_whatever_the_cache(cache: str):
     assert isinstance(found, Tensor)
     expected = by_hand("equilibrium", 50, 6)
     assert found[:, inputs["input_ids"].shape[1] :].tolist() == expected
-    assert len({token for row in expected for token in row}) > 30
-    assert sum(len(set(row)) > 3 for row in expected) > 40
+    assert len({token for row in expected for token in row}) > 60
+    assert sum(len(set(row)) > 3 for row in expected) > 25
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
@@ -121,7 +125,7 @@ def test_every_kind_of_model_goes_on_as_by_hand(kind: str, cache: str):
     assert isinstance(found, Tensor)
     expected = by_hand(kind, 5, 5)
     assert found[:, -5:].tolist() == expected
-    assert len({token for row in expected for token in row}) > 8
+    assert len({token for row in expected for token in row}) > 5
 
 
 @pytest.mark.parametrize("kind", ["equilibrium", "untied", "trellisnet"])
@@ -134,7 +138,12 @@ def test_every_kind_of_model_goes_on_as_by_hand(kind: str, cache: str):
     ],
     ids=["beams", "beams drawn", "drawn"],
 )
-def test_beams_and_draws_do_not_depend_on_the_cache(kind: str, how: dict[str, Any]):
+def test_beams_and_draws_do_not_depend_on_the_cache(kind: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    reordered: list[list[int]] = []
+    reorder = DynamicCache.reorder_cache
+    monkeypatch.setattr(
+        DynamicCache, "reorder_cache", lambda self, order: reordered.append(order.tolist()) or reorder(self, order)
+    )
     model, inputs = exact_model(kind), padded(some_prompts(4))
     found = {}
     for cache in ("none", "dynamic", "static"):
@@ -142,8 +151,20 @@ def test_beams_and_draws_do_not_depend_on_the_cache(kind: str, how: dict[str, An
         found[cache] = model.generate(**inputs, max_new_tokens=5, **how, **CACHES[cache]).tolist()
     assert found["dynamic"] == found["none"]
     assert found["static"] == found["none"]
-    greedy = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-    assert found["none"][:: how.get("num_return_sequences", 1)] != greedy.tolist()
+    if "num_beams" in how:
+        assert any(order != sorted(order) for order in reordered)
+    else:
+        assert found["none"][::2] != found["none"][1::2]
+
+
+def test_a_static_cache_compiles_nothing_on_its_own(monkeypatch: pytest.MonkeyPatch):
+    compiling = CompileConfig()
+    compiling._compile_all_devices = True
+    monkeypatch.setattr(DEQForCausalLM, "get_compiled_call", lambda *_: pytest.fail("It was compiled."))
+    model, inputs = model_of(), padded(some_prompts(2))
+    how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
+    found = model.generate(**inputs, **how, compile_config=compiling)
+    assert found.tolist() == model.generate(**inputs, **how).tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -239,9 +260,9 @@ def test_options_can_be_changed_where_a_model_is_loaded(tmp_path: Path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_generates_and_is_saved_as_such(dtype: torch.dtype, tmp_path: Path):
     model, tokens = model_of(rtol=1e-2), torch.randint(1, 256, (4, 12))
-    expected = model(tokens).logits
+    expected = model(tokens).logits.detach()
     half = model.to(dtype)
-    logits = half(tokens).logits
+    logits = half(tokens).logits.detach()
     assert logits.dtype == dtype
     assert float((logits.float() - expected).norm() / expected.norm()) < 0.1
     assert half.generate(tokens, max_new_tokens=3, do_sample=False).shape == (4, 15)
@@ -273,7 +294,7 @@ def test_the_loss_is_that_of_the_next_tokens_that_count(kind: str):
     torch.testing.assert_close(output.loss, exact)
     given = model(tokens, labels=labels, num_items_in_batch=torch.tensor(28)).loss
     torch.testing.assert_close(given, exact * 14 / 28)
-    assert float(model(tokens, labels=torch.full_like(labels, -100)).loss) == 0
+    assert model(tokens, labels=torch.full_like(labels, -100)).loss.item() == 0
 
 
 def test_parts_of_a_batch_add_up_to_its_loss_with_all_that_training_adds():
@@ -284,7 +305,7 @@ def test_parts_of_a_batch_add_up_to_its_loss_with_all_that_training_adds():
     parts = [model(part, labels=part, num_items_in_batch=36).loss for part in tokens.split(2)]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=0)
     without = F.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    assert float(whole - without) > 0.5  # of the guess
+    assert (whole - without).item() > 0.5  # of the guess
 
 
 @pytest.mark.parametrize("kind", ["equilibrium", "untied"])
@@ -386,7 +407,7 @@ def _offloaded(model: DEQForCausalLM) -> Any:
             lambda model: model(torch.tensor([[3, 4, 5]]), cache=StaticCache(model.config, max_cache_len=2)),
             "room for 2 tokens, and these are 3",
         ),
-        (lambda model: model.gradient_checkpointing_enable(), "leave gradient_checkpointing out"),
+        (lambda model: model.activation_checkpointing_enable(), "leave gradient_checkpointing out"),
         (lambda model: model.resize_token_embeddings(300), "vocabulary of 256 tokens is fixed"),
         (lambda model: DEQConfig(width=33), "width must be a multiple"),
         (lambda model: DEQConfig(depth="deep"), "equilibrium, untied, tied"),
@@ -420,3 +441,18 @@ def test_folders_of_other_models_or_parts_are_refused(folder: Path, tmp_path: Pa
     with pytest.raises(UsageError, match="has 257 tokens and the model only 256"):
         AutoModelForCausalLM.from_pretrained(folder)
     assert type(AutoConfig.from_pretrained(folder)) is DEQConfig
+
+
+def test_the_page_on_transformers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (Path(__file__).parents[1] / "docs" / "hugging-face.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 6
+    (tmp_path / "page_on_transformers.py").write_text("\n\n".join(blocks))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        done = importlib.import_module("page_on_transformers")
+    assert done.texts[0].startswith("Once upon a time")
+    assert len(done.per_token) == 20
+    assert done.losses[-1] < done.losses[0]
+    monkeypatch.delitem(sys.modules, "page_on_transformers")

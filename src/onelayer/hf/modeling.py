@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
@@ -166,6 +166,10 @@ class DEQForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor | None:
         """The mask as it is: `generate` would make one of pairs of tokens for a static cache, which the model does."""
         return attention_mask
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+        """Never: a solve stays out of graphs, and what is left around it does not pay for compiling at every length."""
+        return False
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Refused, since embedding, adaptive softmax and warm start are one vocabulary together."""
