@@ -115,7 +115,7 @@ def generate(
     seed: int = 0,
     cache: bool = True,
     chunk: int | None = None,
-    start: Start = "own",
+    start: Start | None = None,
     on_failure: OnFailure = "warn",
 ) -> Generation:
     """Draws tokens that follow some prompts, side by side.
@@ -146,7 +146,8 @@ def generate(
             for again, which agrees to the solver's tolerance and takes the longer the more there is of it.
         chunk: tokens of a prompt that are read by one solve, to bound memory; `None` is all. For the cache only.
         start: of the solve for a token: `"own"`, zeros or the guess that the model has learnt; or `"previous"`, the
-            state of the token before it.
+            state of the token before it, which takes fewer evaluations (docs/log.md). `None` is `"previous"` with the
+            cache and `"own"` without it.
         on_failure: `"warn"` or `"ignore"`.
 
     Returns:
@@ -159,7 +160,7 @@ def generate(
     Why one slot is exact stands in docs/generation.md.
     """
     _check(model, prompts, count, temperature, seed, chunk)
-    warm = start == "previous"
+    warm = cache if start is None else start == "previous"
     reader = CachedReader(model, chunk, warm) if cache else WholeReader(model, warm)
     return Generation(model, prompts, count, temperature, seed, reader, on_failure)
 

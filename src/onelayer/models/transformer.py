@@ -129,15 +129,20 @@ class TransformerBlock(nn.Module):
     def _heads(self, u: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         batch, time, width = u.shape
         projected = F.linear(u, context.prepared.matrices[0])
-        q, k, v = projected.view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        parts = projected.view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        pair, v = parts[:2], parts[2]
         # Queries and keys of unit size bound the attention scores, and with them how much the block can expand.
-        q, k = (F.rms_norm(a, a.shape[-1:]) for a in (q, k))
+        pair = F.rms_norm(pair, pair.shape[-1:])
         if self.relative is None:
-            q, k = (rotate(a, *context.window.tables) for a in (q, k))
-        return q.to(v.dtype), k.to(v.dtype), v
+            pair = rotate(pair, *context.window.tables)
+        q, k = pair.to(v.dtype)
+        return q, k, v
 
     def _attention(self, u: Tensor, context: Context) -> Tensor:
         q, k, v = self._heads(u, context)
+        if context.past is not None and context.window.time == 1:
+            mixed = self._one(q, k, v, context.past, context)
+            return F.linear(mixed.transpose(1, 2).flatten(2), context.prepared.matrices[1])
         if context.past is not None:
             k, v = (torch.cat([old.to(new.dtype), new], dim=2) for old, new in zip(context.past, (k, v), strict=True))
         mask, causal = context.window.mask, context.window.causal
@@ -146,6 +151,22 @@ class TransformerBlock(nn.Module):
             causal = False
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return F.linear(mixed.transpose(1, 2).flatten(2), context.prepared.matrices[1])
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, past: Slot, context: Context) -> Tensor:
+        """Attention of a single token to the past and to itself, which leaves the past where it is.
+
+        To put the token's keys and values behind all those before it costs more than the attention does, and would be
+        done at every evaluation.
+        """
+        keys, values = (part.to(v.dtype) for part in past)
+        mask = context.window.mask
+        if self.relative is not None and context.distances is not None:
+            q, mask = self.relative.bias(q, context.distances, context.window)
+        scores = torch.cat([q @ keys.mT, (q * k).sum(-1, keepdim=True)], dim=-1) * q.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        shares = scores.softmax(-1)
+        return shares[..., :-1] @ values + shares[..., -1:] * v
 
     def _feed_forward(self, u: Tensor, context: Context) -> Tensor:
         return F.linear(F.gelu(F.linear(u, context.prepared.matrices[2])), context.prepared.matrices[3])

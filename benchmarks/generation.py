@@ -1,0 +1,152 @@
+"""What a token costs: with the one-slot cache, without it, and in explicit models of the same effective depth.
+
+    OMP_NUM_THREADS=1 python benchmarks/generation.py --run RUN            # a trained equilibrium model, context of 512
+    OMP_NUM_THREADS=1 python benchmarks/generation.py --train 400          # trains one first, on Python's own source
+
+One sequence of validation text on the CPU, one token after the other as they stand there. For each tolerance and each
+length of the context, in turn at every token, so that all see the same machine:
+
+- cached: the equilibrium of the new token alone, with the keys and values of the tokens before it in one slot;
+- cold: the equilibrium of the whole sequence, from zeros;
+- warm: the same, from the equilibrium of the sequence one token shorter, the new token from the state of the last;
+- tied, untied: explicit models with a cache of one slot a layer, as many layers as the cached solve takes evaluations.
+
+Seconds are processor time of this process, which other processes disturb less than the clock; ratios are taken token by
+token, and their median and quartiles printed. Tied layers have the weights of the equilibrium model, untied ones random
+weights, which take the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onelayer import corpora, runs
+from onelayer.models.language_model import LanguageModel
+from onelayer.presets import changed, preset
+from onelayer.readers import CachedReader, WholeReader
+from onelayer.training import train
+
+
+@dataclass
+class Timed:
+    """Seconds and evaluations of a way to read tokens, one entry a token."""
+
+    seconds: list[float] = field(default_factory=list)
+    evaluations: list[int] = field(default_factory=list)
+    stored: int = 0
+
+
+def timed(into: Timed, read: Callable[[], object]) -> object:
+    began = time.process_time()
+    output = read()
+    into.seconds.append(time.process_time() - began)
+    return output
+
+
+def explicit(model: LanguageModel, depth: str, layers: int) -> LanguageModel:
+    """The explicit model of that many layers; tied ones share the weights of the equilibrium."""
+    config = replace(model.config, depth=depth, layers=layers, warm_start=False, jacobian_weight=0.0)
+    twin = LanguageModel(config).eval()
+    if depth == "tied":
+        names = {
+            name.replace("depth.layer.cell.", "depth.blocks.0."): value for name, value in model.state_dict().items()
+        }
+        twin.load_state_dict({name: value for name, value in names.items() if not name.startswith("guess.")})
+    return twin
+
+
+def race(model: LanguageModel, text: Tensor, context: int, tokens: int) -> dict[str, Timed]:
+    """Reads `tokens` more tokens after `context - tokens` ones, in every way."""
+    # The last of them is read with a whole context before it and behind it in the cache.
+    first = text[: context - tokens].tolist()
+    cached, cold, warm = CachedReader(model), WholeReader(model), WholeReader(model, warm=True)
+    found = {name: Timed() for name in ("cached", "cold", "warm", "tied", "untied")}
+    trial = CachedReader(model)
+    trial.restart([first])
+    effective = [trial.advance([token]).solution.evaluations for token in text[context - tokens : context].tolist()]
+    layers = round(statistics.mean(effective))
+    twins = {name: CachedReader(explicit(model, name, layers)) for name in ("tied", "untied")}
+    for reader in (cached, cold, warm, *twins.values()):
+        reader.restart([first])
+    for token in text[context - tokens : context].tolist():
+        for name, reader in {"cached": cached, "cold": cold, "warm": warm, **twins}.items():
+            output = timed(found[name], lambda reader=reader, token=token: reader.advance([token]))
+            found[name].evaluations.append(layers if output.solution is None else output.solution.evaluations)
+    for name, reader in {"cached": cached, **twins}.items():
+        found[name].stored = reader.stored_bytes
+    return found
+
+
+def quartiles(values: list[float]) -> str:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})" if middle < 10 else f"{middle:.0f} ({low:.0f} to {high:.0f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a token costs with the one-slot cache and without it.")
+    parser.add_argument("--run", type=Path, help="a run folder of an equilibrium model")
+    parser.add_argument("--train", type=int, metavar="STEPS", help="train a model first: width 256, context 512")
+    parser.add_argument(
+        "--width", type=int, default=256, help="without --run: of the model; random weights without --train"
+    )
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 512])
+    parser.add_argument("--rtol", type=float, nargs="+", default=[5e-3, 1e-4, 1e-6])
+    parser.add_argument("--tokens", type=int, default=15, help="tokens to time for each line")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    values = {"width": options.width, "context": max(options.contexts), "batch_size": 4, "learning_rate": 4e-3}
+    config = changed(preset("small"), values)
+    if options.run is not None:
+        model, weights = runs.load_model(options.run)[0], f"trained: {options.run.name}"
+    elif options.train is not None:
+        run = Path(tempfile.mkdtemp()) / "run"
+        train(changed(config, {"steps": options.train}), run)
+        model, weights = runs.load_model(run)[0], f"trained for {options.train} steps"
+    else:
+        model, weights = LanguageModel(config.model).eval(), "random"
+    layer = model.depth.layer
+    assert layer is not None, "The model has no equilibrium."
+    text = corpora.load().validation[20_000:]
+    load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else ""
+    print(f"weights {weights}, width {model.config.width}, one thread{load}")
+    print(
+        "| rtol | context | cached, ms | evaluations: cached, cold, warm | cold / cached | warm / cached | "
+        "tied / cached | untied / cached | KiB: one slot, explicit |"
+    )
+    print("| ---: " * 9 + "|")
+    with torch.no_grad():
+        for rtol in options.rtol:
+            layer.rtol, layer.eval_max_steps = rtol, 200
+            for context in options.contexts:
+                race(model, text, context, 2)  # warms caches up
+                found = race(model, text, context, options.tokens)
+                cached = found["cached"].seconds
+                ratio = {
+                    name: quartiles([a / b for a, b in zip(found[name].seconds, cached, strict=True)])
+                    for name in ("cold", "warm", "tied", "untied")
+                }
+                counts = ", ".join(
+                    f"{statistics.mean(found[name].evaluations):.1f}" for name in ("cached", "cold", "warm")
+                )
+                used = context / model.config.context / 1024  # slots are allocated for the whole context of the model
+                stored = f"{used * found['cached'].stored:,.0f}, {used * found['tied'].stored:,.0f}"
+                print(
+                    f"| {rtol:g} | {context} | {1e3 * statistics.median(cached):.1f} | {counts} | {ratio['cold']} | "
+                    f"{ratio['warm']} | {ratio['tied']} | {ratio['untied']} | {stored} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
