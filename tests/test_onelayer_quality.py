@@ -5,17 +5,19 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from onelayer import corpora, runs
+from onelayer import runs
 from onelayer.cli import main
 from onelayer.errors import UsageError
-from onelayer.evaluation import measure
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import LanguageModel
 from onelayer.presets import RunConfig, TrainingConfig
 from onelayer.quality import Windows, score, spread, strided
+from onelayer.token_files import Tokens
 
 CONTEXT = 8
 CONFIG = RunConfig(
@@ -23,6 +25,7 @@ CONFIG = RunConfig(
     training=TrainingConfig(batch_size=5),
 )
 TEXT = torch.randint(0, 256, (45,), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+BYTES = np.ones(256, dtype=np.int64)
 
 
 def model_of(depth: str = "equilibrium") -> LanguageModel:
@@ -30,12 +33,24 @@ def model_of(depth: str = "equilibrium") -> LanguageModel:
     return LanguageModel(replace(CONFIG.model, depth=depth)).double().eval()
 
 
+def tokens_of(text: Tensor, folder: Path) -> Tokens:
+    path = folder / f"{len(text)}.bin"
+    path.write_bytes(text.to(torch.uint8).numpy().tobytes())
+    return Tokens(path, np.dtype(np.uint8), vocabulary=256)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Tokens:
+    return tokens_of(TEXT, tmp_path)
+
+
 @pytest.mark.parametrize("stride", [1, 3, 5, 8])
 @pytest.mark.parametrize("length", [9, 10, 13, 16, 17, 45])
-def test_each_token_is_scored_once_with_enough_before_it(stride: int, length: int):
-    windows = strided(torch.arange(length), CONTEXT, stride)
+def test_each_token_is_scored_once_with_enough_before_it(stride: int, length: int, tmp_path: Path):
+    windows = strided(tokens_of(torch.arange(length), tmp_path), CONTEXT, stride)
     scored = []
-    for inputs, targets, chosen in windows.batches(3):
+    for before, inputs, targets, chosen in windows.batches(3, memory=4):
+        assert before.tolist() == [list(range(max(first - 4, 0), first)) for first in inputs[:, 0].tolist()]
         assert torch.equal(inputs[:, 1:], targets[:, :-1])
         scored += targets[chosen].tolist()
         enough = (inputs[:, :1] == 0) | (torch.arange(CONTEXT) >= CONTEXT - stride)
@@ -44,9 +59,9 @@ def test_each_token_is_scored_once_with_enough_before_it(stride: int, length: in
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
-def test_a_stride_scores_what_a_loop_over_single_tokens_does(stride: int):
+def test_a_stride_scores_what_a_loop_over_single_tokens_does(stride: int, text: Tokens):
     model = model_of()
-    (found,) = score(model, CONFIG, strided(TEXT, CONTEXT, stride))
+    (found,) = score(model, CONFIG, strided(text, CONTEXT, stride), BYTES)
     tokens, nats = TEXT.long(), []
     with torch.no_grad():
         start = 0
@@ -61,63 +76,89 @@ def test_a_stride_scores_what_a_loop_over_single_tokens_does(stride: int):
     assert found.perplexity == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-6)
 
 
-def test_a_smaller_stride_sees_more_and_a_whole_stride_is_disjoint_windows():
+def test_a_smaller_stride_sees_more_and_a_whole_stride_is_disjoint_windows(text: Tokens):
     model = model_of()
-    text = TEXT[: 5 * CONTEXT + 1]
-    windows = strided(text, CONTEXT, CONTEXT)
+    windows = strided(text, CONTEXT, CONTEXT, count=5 * CONTEXT)
     assert windows.starts.tolist() == [0, 8, 16, 24, 32]
     assert windows.fresh.tolist() == [0] * 5
-    (found,) = score(model, CONFIG, windows)
-    inputs, targets = text[:-1].long().view(5, CONTEXT), text[1:].long().view(5, CONTEXT)
-    assert found.bits_per_byte == pytest.approx(measure(model, CONFIG, inputs, targets).bits_per_byte, rel=1e-6)
+    (found,) = score(model, CONFIG, windows, BYTES)
+    inputs, targets = (TEXT[k : k + 5 * CONTEXT].long().view(5, CONTEXT) for k in (0, 1))
+    with torch.no_grad():
+        losses = model(inputs, targets).losses
+    assert found.bits_per_byte == pytest.approx(float(losses.mean()) / math.log(2), rel=1e-6)
 
 
-def test_perplexity_is_per_token_and_bits_are_per_byte():
+@pytest.mark.parametrize("depth", ["equilibrium", "untied"])
+def test_a_model_with_a_memory_reads_what_stands_before_a_window(depth: str, text: Tokens):
+    torch.manual_seed(0)
+    model = LanguageModel(replace(CONFIG.model, depth=depth, memory=6, layers=2)).double().eval()
+    (found,) = score(model, CONFIG, strided(text, CONTEXT, 5), BYTES)
+    nats, ends = [], 0
+    with torch.no_grad():
+        for start in (0, 5, 10, 15, 20, 25, 30, 35, 36):
+            before = TEXT[max(start - 6, 0) : start].long()[None]
+            memory = model(before).memory if start else None
+            window = TEXT[start : start + CONTEXT + 1].long()[None]
+            losses = model(window[:, :-1], window[:, 1:], memory=memory).losses[0]
+            nats += losses[max(ends - start, 0) :].tolist()
+            ends = start + CONTEXT
+    assert len(nats) == found.tokens == len(TEXT) - 1
+    assert found.bits_per_byte == pytest.approx(sum(nats) / len(nats) / math.log(2), rel=1e-6)
+    plain = replace(CONFIG, model=replace(CONFIG.model, depth=depth, layers=2))
+    twin = LanguageModel(plain.model).double().eval()
+    twin.load_state_dict(model.state_dict())
+    (without,) = score(twin, plain, strided(text, CONTEXT, 5), BYTES)
+    assert abs(without.bits_per_byte - found.bits_per_byte) > 1e-4
+
+
+def test_perplexity_is_per_token_and_bits_are_per_byte(text: Tokens):
     model = model_of()
-    lengths = torch.randint(1, 6, (256,), generator=torch.Generator().manual_seed(4))
-    windows = strided(TEXT, CONTEXT, 4)
-    (plain,), (found,) = score(model, CONFIG, windows), score(model, CONFIG, windows, lengths=lengths)
-    stands_for = int(lengths[TEXT[1:].long()].sum())
+    lengths = np.random.default_rng(4).integers(1, 6, 256)
+    windows = strided(text, CONTEXT, 4)
+    (plain,), (found,) = score(model, CONFIG, windows, BYTES), score(model, CONFIG, windows, lengths)
+    stands_for = int(lengths[TEXT[1:].numpy()].sum())
     assert (found.bytes, plain.bytes) == (stands_for, len(TEXT) - 1)
     assert found.perplexity == plain.perplexity
     assert found.bits_per_byte == pytest.approx(plain.bits_per_byte * (len(TEXT) - 1) / stands_for)
     assert plain.perplexity == pytest.approx(2**plain.bits_per_byte)
 
 
-def test_allowed_evaluations_are_those_of_the_solve():
+def test_allowed_evaluations_are_those_of_the_solve(text: Tokens):
     model = model_of()
-    few, some, many = score(model, CONFIG, strided(TEXT, CONTEXT, 4), (1, 6, 200))
+    few, some, many = score(model, CONFIG, strided(text, CONTEXT, 4), BYTES, (1, 6, 200))
     assert (few.max_steps, few.evaluations, few.share_at_cap) == (1, 1, 1)
     assert few.perplexity == pytest.approx(256)  # the start, all zeros, says nothing of the next byte
     assert (some.evaluations, some.share_at_cap) == (6, 1)
     assert few.residual > some.residual > 1e-10 >= many.residual
     assert (many.max_steps, many.share_at_cap) == (200, 0)
-    (own,) = score(model, CONFIG, strided(TEXT, CONTEXT, 4))
+    (own,) = score(model, CONFIG, strided(text, CONTEXT, 4), BYTES)
     assert own == many
-    (tied,) = score(model_of("tied"), CONFIG, strided(TEXT, CONTEXT, 4))
+    (tied,) = score(model_of("tied"), CONFIG, strided(text, CONTEXT, 4), BYTES)
     assert (tied.max_steps, tied.evaluations, tied.residual, tied.share_at_cap) == (None, None, None, None)
 
 
-def test_scoring_leaves_the_mode_of_the_model_as_it_is():
+def test_scoring_leaves_the_mode_of_the_model_as_it_is(text: Tokens):
     model = model_of().train()
-    score(model, CONFIG, spread(TEXT, CONTEXT, 2), (2,))
+    score(model, CONFIG, spread(text, CONTEXT, 2), BYTES, (2,))
     assert model.training
 
 
-def test_what_makes_no_sense_is_refused():
+def test_what_makes_no_sense_is_refused(text: Tokens, tmp_path: Path):
     for stride in (0, CONTEXT + 1):
         with pytest.raises(UsageError, match=f"stride must lie between 1 and the context, {CONTEXT}"):
-            strided(TEXT, CONTEXT, stride)
+            strided(text, CONTEXT, stride)
     with pytest.raises(UsageError, match="no window"):
-        strided(TEXT[:CONTEXT], CONTEXT, 4)
-    windows = strided(TEXT, CONTEXT, 4)
+        strided(tokens_of(TEXT[:CONTEXT], tmp_path), CONTEXT, 4)
+    with pytest.raises(UsageError, match="at least the context"):
+        strided(text, CONTEXT, 4, count=CONTEXT - 1)
+    windows = strided(text, CONTEXT, 4)
     with pytest.raises(UsageError, match="at least 1, not 0"):
-        score(model_of(), CONFIG, windows, (4, 0))
+        score(model_of(), CONFIG, windows, BYTES, (4, 0))
     with pytest.raises(UsageError, match="equilibrium models"):
-        score(model_of("tied"), CONFIG, windows, (4,))
-    empty = Windows(TEXT, CONTEXT, torch.tensor([0]), torch.tensor([0]))
+        score(model_of("tied"), CONFIG, windows, BYTES, (4,))
+    empty = Windows(text, CONTEXT, torch.tensor([0]), torch.tensor([0]))
     with pytest.raises(UsageError, match="no bytes"):
-        score(model_of(), CONFIG, empty, lengths=torch.zeros(256, dtype=torch.int64))
+        score(model_of(), CONFIG, empty, np.zeros(256, dtype=np.int64))
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +191,9 @@ def test_one_command_draws_compute_against_quality(
     assert plot.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(figures.read_text())["rows"]
     model, config = runs.load_model(run)
-    text = corpora.load(config.data).validation
-    expected = score(model, config, strided(text, config.model.context, 16), (1, 4, 32))
+    corpus = runs.read_corpus(run)
+    text = corpus.validation
+    expected = score(model, config, strided(text, config.model.context, 16), corpus.tokenizer.lengths, (1, 4, 32))
     assert [row["bits_per_byte"] for row in rows] == [quality.bits_per_byte for quality in expected]
     assert {row["tokens"] for row in rows} == {len(text) - 1}
     table = [line.split() for line in printed[2:5]]
