@@ -81,7 +81,8 @@ def test_the_libraries_begin_a_word_at_every_border_so_that_cutting_there_change
     encoder = Encoder.from_str(json.dumps(document))
     borders = [border.start() for border in pieces._BORDER.finditer(text.encode())]
     segments = [text.encode()[start:end].decode() for start, end in itertools.pairwise([0, *borders, None])]
-    assert [token for segment in segments for token in encoder.encode(segment).ids] == encoder.encode(text).ids
+    cut_up = encoder.pre_tokenizer.pre_tokenize_str
+    assert [word for segment in segments for word, _ in cut_up(segment)] == [word for word, _ in cut_up(text)]
 
 
 def test_long_text_is_cut_at_borders_and_never_within_a_character():
@@ -198,6 +199,16 @@ def test_tokenizers_that_lose_or_change_text_are_refused(change: str, said: str)
     with pytest.raises(UsageError, match=said) as caught:
         tokenizer.from_json(changed(change))
     assert "\n" not in str(caught.value)
+
+
+def test_text_that_a_tokenizer_loses_is_noticed_when_it_comes():
+    document = json.loads(PAIRS.to_json())
+    split = {"type": "Split", "pattern": {"String": "\u2603"}, "behavior": "Removed", "invert": False}
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, document["pre_tokenizer"]]}
+    of_these = tokenizer.from_json(json.dumps(document))  # nothing shows yet
+    assert of_these.decode(of_these.encode(WORDS)) == WORDS
+    with pytest.raises(UsageError, match="loses some of this text"):
+        of_these.encode("a \u2603 man".encode())
 
 
 def test_a_word_piece_tokenizer_is_refused(tmp_path: Path):
