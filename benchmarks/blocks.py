@@ -15,7 +15,7 @@ import time
 import torch
 from torch import Tensor
 
-from onelayer import corpora
+from onelayer import batches, corpora
 from onelayer.evaluation import measure
 from onelayer.models.language_model import LanguageModel
 from onelayer.models.transformer import Context, TransformerBlock
@@ -65,7 +65,7 @@ def main() -> None:
             for step in range(options.steps):
                 train_step(model, optimizer, config, corpus, step)
             seconds = time.perf_counter() - began
-            inputs, targets = corpora.validation_windows(corpus.validation, config.model.context, 128)
+            inputs, targets = batches.validation_windows(corpus.validation, config.model.context, 128)
             found = measure(model, config, inputs, targets)
             once = measure(model, config, inputs, targets, max_steps=2)
             assert found.steps is not None

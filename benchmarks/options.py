@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onelayer import corpora
+from onelayer import batches, corpora
 from onelayer.corpora import Corpus
 from onelayer.models.language_model import LanguageModel, bits
 from onelayer.presets import RunConfig, changed, preset
@@ -104,7 +104,7 @@ def trained(name: str, steps: int, seed: int, corpus: Corpus) -> dict[str, Any]:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, training)
-        x, y = corpora.batch(corpus.train, step, training.batch_size, before + context, seed)
+        x, y = batches.batch(corpus.train, step, training.batch_size, before + context, seed)
         model.train()
         memory = recalled(model, x[:, :before]) if before and not forget else None
         found = model(x[:, before:], y[:, before:], memory=memory)
@@ -135,7 +135,7 @@ def recalled(model: LanguageModel, x: Tensor) -> Any:
 def checked(model: LanguageModel, config: RunConfig, corpus: Corpus, before: int) -> dict[str, float]:
     """Validation: the same bytes for all, after as many bytes of memory as the variant has."""
     model.eval()
-    inputs, targets = corpora.validation_windows(corpus.validation, 64 + config.model.context, 128)
+    inputs, targets = batches.validation_windows(corpus.validation, 64 + config.model.context, 128)
     losses, steps, residual = [], [], []
     for x, y in zip(inputs.split(32), targets.split(32), strict=True):
         memory = recalled(model, x[:, 64 - before : 64]) if before else None

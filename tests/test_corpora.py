@@ -409,14 +409,14 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path):
     program = """
 import resource, sys
 from pathlib import Path
-from onelayer import corpora
+from onelayer import batches, corpora
 folder = Path(sys.argv[1])
 with (folder / "text.txt").open("wb") as file:
     for i in range(int(sys.argv[2])):
         file.write(b"%07d\\n" % i * (1 << 17))
 corpus = corpora.prepare(folder / "text.txt", folder / "tokens")
 for step in range(400):
-    corpora.batch(corpus.train, step, 16, 64, seed=0)
+    batches.batch(corpus.train, step, 16, 64, seed=0)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     peaks = []

@@ -83,7 +83,15 @@ def test_text_is_turned_into_tokens_once_for_many_runs(
         path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()
     }
     assert_refused(
-        capsys, "vocabulary of 300, the model's of 256", "train", "--data", str(pairs), "--run", str(tmp_path / "no")
+        capsys,
+        "vocabulary of 300, the model's of 256",
+        "train",
+        "--data",
+        str(pairs),
+        "--vocabulary",
+        "256",
+        "--run",
+        str(tmp_path / "no"),
     )
     assert_refused(capsys, "another tokenizer", "evaluate", str(run), "--data", str(pairs))
 

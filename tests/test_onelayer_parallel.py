@@ -17,8 +17,9 @@ import torch
 import training_ranks
 from training_ranks import SAVED_AT, STEPS
 
-from onelayer import checkpoints, runs
+from onelayer import checkpoints
 from onelayer.errors import UsageError
+from onelayer.metrics import read_metrics
 from onelayer.parallel import Processes, processes
 
 ALONE = Processes(torch.device("cpu"))
@@ -121,11 +122,11 @@ def test_a_run_killed_on_two_processes_goes_on_to_the_numbers_of_one(parallel: s
     alone, run = tmp_path / "alone", tmp_path / "run"
     with subprocess.Popen([sys.executable, "-m", "onelayer", "train", *size, "--out", str(alone)]) as process:
         with torchrun(data, *size, "--out", str(run), "--parallel", parallel) as together:
-            while len(runs.read_metrics(run)) < 9 and together.poll() is None:
+            while len(read_metrics(run)) < 9 and together.poll() is None:
                 time.sleep(0.01)
             kill(together)
         assert process.wait() == 0
-    done = max(int(line["step"]) for line in runs.read_metrics(run))
+    done = max(int(line["step"]) for line in read_metrics(run))
     saved = int(checkpoints.newest(run / "checkpoints", ALONE)[1]["step"])
     assert done < 24, "the run ended before it was killed"
     assert done - saved <= 5
@@ -133,8 +134,7 @@ def test_a_run_killed_on_two_processes_goes_on_to_the_numbers_of_one(parallel: s
         errors = together.communicate()[1].decode()
         assert together.returncode == 0, errors
     losses, expected = (
-        [line["bits_per_byte"] for line in runs.read_metrics(folder) if line["kind"] == "train"]
-        for folder in (run, alone)
+        [line["bits_per_byte"] for line in read_metrics(folder) if line["kind"] == "train"] for folder in (run, alone)
     )
     assert losses == pytest.approx(expected, rel=0, abs=CLOSE)
     assert (run / "report.html").exists()

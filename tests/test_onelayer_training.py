@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from onelayer import checkpoints, pretrained, runs
+from onelayer import checkpoints, pretrained
 from onelayer.cli import main
 from onelayer.learner import learning_rate_at
+from onelayer.metrics import read_metrics
 from onelayer.parallel import Processes
 from onelayer.presets import TrainingConfig
 
@@ -59,7 +60,7 @@ def numbers(run: Path) -> list[dict[str, object]]:
     """The lines of metrics.jsonl less what depends on the clock and the machine."""
     return [
         {key: value for key, value in line.items() if key not in ("seconds", "peak_memory_bytes")}
-        for line in runs.read_metrics(run)
+        for line in read_metrics(run)
     ]
 
 
@@ -81,7 +82,7 @@ def test_a_run_leaves_everything_behind(finished: Path):
     assert config["command"].startswith("onelayer train --preset tiny")
     assert (finished / "report.html").stat().st_size > 1000
 
-    lines = runs.read_metrics(finished)
+    lines = read_metrics(finished)
     train = [line for line in lines if line["kind"] == "train"]
     validation = [line for line in lines if line["kind"] == "validation"]
     assert [line["step"] for line in train] == list(range(1, STEPS + 1))
@@ -124,11 +125,11 @@ def test_a_resumed_run_gives_the_same_numbers(finished: Path, tmp_path: Path, ca
 def test_an_interrupted_run_is_saved_and_goes_on(number: signal.Signals, data: Path, finished: Path, tmp_path: Path):
     run = tmp_path / "run"
     with train_process(data, run) as process:
-        while len(runs.read_metrics(run)) < 12 and process.poll() is None:
+        while len(read_metrics(run)) < 12 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(number)
         _, errors = process.communicate()
-    done = max(int(line["step"]) for line in runs.read_metrics(run))
+    done = max(int(line["step"]) for line in read_metrics(run))
     saved = checkpoints.newest(run / "checkpoints", ALONE)[1]["step"]
     assert done < STEPS, "the run ended before the signal came"
     if number == signal.SIGKILL:
@@ -180,7 +181,7 @@ def test_explicit_models_train_and_say_nothing_of_an_equilibrium(depth: str, dat
     assert main(["train", "--preset", "tiny", "--model", depth, "--data", str(data), "--run", str(run)]) == 0
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert evaluation["residual"] is evaluation["by_allowed_evaluations"] is evaluation["evaluations"] is None
-    line = runs.read_metrics(run)[0]
+    line = read_metrics(run)[0]
     assert line["residual"] is line["evaluations_forward"] is line["share_at_cap"] is None
     assert main(["generate", str(run), "--prompt", "def ", "--bytes", "3"]) == 0
     assert main(["evaluate", str(run)]) == 0

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onelayer import corpora, token_files
+from onelayer import batches, token_files
 from onelayer.errors import UsageError
 from onelayer.token_files import Tokens
 
@@ -45,8 +45,8 @@ def test_a_batch_is_windows_of_the_text_and_depends_on_seed_and_step_alone(
     context = min(context, length - 1)
     tokens = counting(folder, length)
     state = torch.random.get_rng_state()
-    inputs, targets = corpora.batch(tokens, step, size, context, seed, streams=streams)
-    again, _ = corpora.batch(tokens, step, size, context, seed, streams=streams)
+    inputs, targets = batches.batch(tokens, step, size, context, seed, streams=streams)
+    again, _ = batches.batch(tokens, step, size, context, seed, streams=streams)
     assert inputs.shape == targets.shape == (size, context)
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.is_contiguous()
@@ -68,22 +68,22 @@ def test_processes_share_the_windows_of_one(
     folder: Path, processes: int, each: int, step: int, seed: int, streams: bool
 ):
     tokens, size = counting(folder, 500), processes * each
-    whole = corpora.batch(tokens, step, size, 7, seed, streams=streams)
+    whole = batches.batch(tokens, step, size, 7, seed, streams=streams)
     shares = [
-        corpora.batch(tokens, step, size, 7, seed, range(rank * each, (rank + 1) * each), streams)
+        batches.batch(tokens, step, size, 7, seed, range(rank * each, (rank + 1) * each), streams)
         for rank in range(processes)
     ]
     for part in (0, 1):
         assert torch.equal(torch.cat([share[part] for share in shares]), whole[part])
-    apart = corpora.batch(tokens, step, size, 7, seed, range(processes - 1, size, processes), streams)
+    apart = batches.batch(tokens, step, size, 7, seed, range(processes - 1, size, processes), streams)
     assert torch.equal(apart[0], whole[0][processes - 1 :: processes])
-    nothing, _ = corpora.batch(tokens, step, size, 7, seed, range(0), streams)
+    nothing, _ = batches.batch(tokens, step, size, 7, seed, range(0), streams)
     assert nothing.shape == (0, 7)
 
 
 def test_windows_are_drawn_as_they_always_were(folder: Path):
     starts = np.random.default_rng((3, 41)).integers(0, 1000 - 16, size=8)
-    inputs, _ = corpora.batch(counting(folder, 1000), 41, 8, 16, seed=3)
+    inputs, _ = batches.batch(counting(folder, 1000), 41, 8, 16, seed=3)
     assert inputs[:, 0].tolist() == starts.tolist()
 
 
@@ -93,7 +93,7 @@ def test_streams_go_on_where_they_ended_and_read_the_whole_text(
 ):
     context = min(context, length - 1)
     tokens, windows = counting(folder, length), (length - 1) // context
-    steps = [corpora.batch(tokens, step, size, context, seed, streams=True) for step in range(windows + 1)]
+    steps = [batches.batch(tokens, step, size, context, seed, streams=True) for step in range(windows + 1)]
     for (_, before), (after, _) in itertools.pairwise(steps):
         goes_on = before[:, -1] == after[:, 0]
         wraps = (after[:, 0] == 0) & (before[:, -1] == windows * context)
@@ -110,13 +110,13 @@ def test_streams_go_on_where_they_ended_and_read_the_whole_text(
 
 def test_streams_of_different_seeds_start_at_different_places(folder: Path):
     tokens = counting(folder, 2000)
-    starts = {int(corpora.batch(tokens, 0, 4, 8, seed, streams=True)[0][0, 0]) for seed in range(20)}
+    starts = {int(batches.batch(tokens, 0, 4, 8, seed, streams=True)[0][0, 0]) for seed in range(20)}
     assert len(starts) > 10
 
 
 def test_batches_of_different_steps_and_seeds_differ_and_cover_the_text(folder: Path):
     tokens = counting(folder, 200)
-    draws = [corpora.batch(tokens, step, 64, 4, seed)[0] for step in range(40) for seed in range(2)]
+    draws = [batches.batch(tokens, step, 64, 4, seed)[0] for step in range(40) for seed in range(2)]
     assert len({hashlib.sha256(draw.numpy().tobytes()).digest() for draw in draws}) == 80
     starts = torch.cat(draws)[:, 0]
     assert set(starts.tolist()) == set(range(196))
@@ -125,7 +125,7 @@ def test_batches_of_different_steps_and_seeds_differ_and_cover_the_text(folder: 
 @given(length=st.integers(2, 250), context=st.integers(1, 249), count=st.integers(1, 300))
 def test_validation_windows_never_predict_the_same_token_twice(folder: Path, length: int, context: int, count: int):
     context = min(context, length - 1)
-    inputs, targets = corpora.validation_windows(counting(folder, length), context, count)
+    inputs, targets = batches.validation_windows(counting(folder, length), context, count)
     assert len(inputs) == min(count, (length - 1) // context)
     assert torch.equal(targets, inputs + 1)
     predicted = targets.flatten().tolist()
@@ -139,14 +139,14 @@ def test_validation_windows_never_predict_the_same_token_twice(folder: Path, len
 def test_meaningless_windows_are_refused(folder: Path, context: int, count: int):
     tokens = counting(folder, 10)
     with pytest.raises(UsageError):
-        corpora.batch(tokens, 0, count, context, 0)
+        batches.batch(tokens, 0, count, context, 0)
     with pytest.raises(UsageError):
-        corpora.validation_windows(tokens, context, count)
+        batches.validation_windows(tokens, context, count)
 
 
 def test_meaningless_seeds_and_rows_are_refused(folder: Path):
     with pytest.raises(UsageError, match="0 or more"):
-        corpora.batch(counting(folder, 10), 0, 1, 2, seed=-1)
+        batches.batch(counting(folder, 10), 0, 1, 2, seed=-1)
     for rows in (range(3, 5), range(-1, 2)):
         with pytest.raises(UsageError, match="not among the 4"):
-            corpora.batch(counting(folder, 10), 0, 4, 2, 0, rows)
+            batches.batch(counting(folder, 10), 0, 4, 2, 0, rows)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onelayer import checkpoints, corpora
+from onelayer import batches, checkpoints
 from onelayer.errors import UsageError
 from onelayer.models.language_model import LanguageModel, Output
 from onelayer.models.window import Memory
@@ -113,7 +113,7 @@ def update(learner: Learner, corpus: Corpus, step: int) -> dict[str, Any]:
     # Masks and probes are those of the step, so that a resumed run draws what an uninterrupted one draws.
     torch.manual_seed((training.seed * 1_000_003 + step) * 10_007 + group.rank)
     rows = group.rows(training.batch_size)
-    x, y = corpora.batch(
+    x, y = batches.batch(
         corpus.train, step, training.batch_size, config.model.context, training.seed, rows, config.model.memory > 0
     )
     lengths = torch.from_numpy(corpus.tokenizer.lengths)[y]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from onelayer import corpora
+from onelayer import batches
 from onelayer.errors import UsageError
 from onelayer.models.language_model import LanguageModel
 from onelayer.presets import RunConfig
@@ -139,7 +139,7 @@ def spread(text: Tokens, context: int, count: int) -> Windows:
         context: tokens that a window feeds to the model.
         count: windows wanted; there are fewer where the text has no room for as many.
     """
-    starts = torch.from_numpy(corpora.spread_starts(text, context, count))
+    starts = torch.from_numpy(batches.spread_starts(text, context, count))
     return Windows(text, context, starts, torch.zeros_like(starts))
 
 

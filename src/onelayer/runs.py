@@ -36,11 +36,6 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-try:
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:
-    SummaryWriter = None
-
 
 def create(run: Path, config: RunConfig, command: str) -> Corpus:
     """Makes a run folder, with the text as tokens and `config.json` in it; nothing of it stays where that fails.
@@ -50,6 +45,8 @@ def create(run: Path, config: RunConfig, command: str) -> Corpus:
     Raises:
         UsageError: there is something at that path already, or the data will not do.
     """
+    if run.is_dir() and [path.name for path in run.iterdir()] == ["tokens"]:  # killed while it read the text
+        shutil.rmtree(run / "tokens")
     new_folder(run, f"go on with it by --resume {run}, or name another folder")
     try:
         prepared = config.data is not None and is_prepared(Path(config.data))
@@ -82,7 +79,7 @@ def read_corpus(run: Path) -> Corpus:
     """
     config, _ = read_config(run)
     own = run / "tokens"
-    return corpora.open_tokens(own if config.data is None or own.is_dir() else config.data)
+    return _of_the_same_tokens(run, corpora.open_tokens(own if config.data is None or own.is_dir() else config.data))
 
 
 def same_corpus(run: Path, config: RunConfig) -> Corpus:
@@ -94,15 +91,28 @@ def same_corpus(run: Path, config: RunConfig) -> Corpus:
         UsageError: they are not, or the tokens are gone or damaged.
     """
     before, fingerprint = read_config(run)
-    corpus = read_corpus(run)
+    if config.data != before.data and config.data is not None and is_prepared(Path(config.data)):
+        corpus = _of_the_same_tokens(run, corpora.open_tokens(config.data))  # it may lie elsewhere by now
+    else:
+        corpus = read_corpus(run)
     name, given = corpus.name, corpus.fingerprint
-    if config.data != before.data:
+    if config.data not in (before.data, str(corpus.folder)):
         with tempfile.TemporaryDirectory() as folder:
             other = corpora.prepare(config.data, Path(folder, "tokens"), tokenizer=corpus.tokenizer)
             name, given = other.name, other.fingerprint
     if not fingerprint == given == corpus.fingerprint:
         raise UsageError(f"{run} was trained on other data than {name}: give the same data, or start a new run.")
     corpora.require(corpus, config.model)
+    return corpus
+
+
+def _of_the_same_tokens(run: Path, corpus: Corpus) -> Corpus:
+    known = json.loads((run / "config.json").read_text())["data"].get("tokenizer")
+    if known != corpus.tokenizer.fingerprint:
+        raise UsageError(
+            f"{run} was trained with another tokenizer than that of {corpus.folder}: give it tokens made by its own, "
+            f"{run / 'model' / 'tokenizer.json'}."
+        )
     return corpus
 
 
@@ -236,62 +246,3 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     >>> write_json(Path("evaluation.json"), {"bits_per_byte": 2.1})             # doctest: +SKIP
     """
     write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
-
-
-class Metrics:
-    """`metrics.jsonl`: a line is on disk before the next step starts, and half a line is never read.
-
-    >>> with Metrics(Path("runs/first"), after_step=0) as metrics:              # doctest: +SKIP
-    ...     metrics.write({"kind": "train", "step": 1})
-
-    Args:
-        run: the run folder.
-        after_step: lines of later steps are dropped, because the run goes on from there.
-        tensorboard: whether numbers are written for TensorBoard too, into `run/tensorboard`.
-
-    Raises:
-        UsageError: TensorBoard is wanted and not installed.
-    """
-
-    def __init__(self, run: Path, after_step: int, tensorboard: bool = False) -> None:
-        if tensorboard and SummaryWriter is None:
-            raise UsageError("TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard.")
-        path = run / "metrics.jsonl"
-        kept = [line for line in read_metrics(run) if line["step"] <= after_step]
-        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = path.open("a", encoding="utf-8")
-        self._board = None
-        if tensorboard and SummaryWriter is not None:
-            # Points of steps that are made again are dropped there too.
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=after_step + 1)
-
-    def __enter__(self) -> Metrics:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Appends one line."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in line.items() if self._board is not None else ():
-            if isinstance(value, int | float) and name not in ("step", "seconds") and self._board is not None:
-                self._board.add_scalar(f"{line['kind']}/{name}", value, line["step"])
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; one that was cut short when the run was killed is left out.
-
-    >>> [line["bits_per_byte"] for line in read_metrics(Path("runs/first"))]    # doctest: +SKIP
-    """
-    path = run / "metrics.jsonl"
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from onelayer import checkpoints, learner, runs
 from onelayer.evaluation import evaluate, peak_memory_bytes
 from onelayer.learner import Learner
+from onelayer.metrics import Metrics
 from onelayer.model_card import Measured
 from onelayer.models.language_model import LanguageModel
 from onelayer.parallel import Processes, processes
@@ -110,7 +111,7 @@ def _fit(config: RunConfig, run: Path, resume: bool, corpus: Corpus, group: Proc
         shared = "" if group.parallel is None else f" on {group.count} processes ({group.parallel})"
         print(f"{corpus.describe()}\n{_describe(learning.model)}{shared}\nrun folder: {run}", flush=True)
 
-    metrics = runs.Metrics(run, after_step=step, tensorboard=tensorboard) if group.first else None
+    metrics = Metrics(run, after_step=step, tensorboard=tensorboard) if group.first else None
     windows = spread(corpus.validation, context, training.validation_windows)
     bar = tqdm(
         total=training.steps,
