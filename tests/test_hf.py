@@ -117,7 +117,7 @@ def test_50_prompts_go_on_as_by_hand_whatever_the_cache(cache: str):
     assert sum(len(set(row)) > 3 for row in expected) > 25
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("cache", ["dynamic", "static in chunks", "none"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "equilibrium"])
 def test_every_kind_of_model_goes_on_as_by_hand(kind: str, cache: str):
     model, prompts = exact_model(kind), some_prompts(5)
@@ -340,6 +340,31 @@ def test_trainer_trains_evaluates_and_saves(kind: str, tmp_path: Path):
     assert logits.shape == (10, 16, 256)
     again = DEQForCausalLM.from_pretrained(tmp_path / "checkpoint-25")
     assert torch.equal(again.model.embedding.weight, model.model.embedding.weight)
+
+
+def test_trainer_gives_every_token_of_an_accumulated_batch_the_same_weight(tmp_path: Path):
+    model = model_of(rtol=1e-6, max_steps=200).train()
+    tokens = torch.randint(1, 256, (2, 12))
+    labels = tokens.clone()
+    labels[1, 3:] = -100
+    expected = model(tokens, labels=labels).loss.item()
+    means = [model(part, labels=part).loss.item() for part in (tokens[:1], tokens[1:, :3])]
+    assert abs(expected - sum(means) / 2) > 0.1
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.fixture

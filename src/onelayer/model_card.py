@@ -128,6 +128,7 @@ def _load(config: ModelConfig) -> str:
 import onelayer.hf  # makes transformers know the architecture: pip install "equilibria[hf]"
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+folder = "."  # where this file is
 model = AutoModelForCausalLM.from_pretrained(folder{tighter})
 tokenizer = AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer(["Once upon a time"], return_tensors="pt")

@@ -194,7 +194,11 @@ def check_tokenizer(folder: Path, vocabulary: int) -> None:
     """
     path = folder / "tokenizer.json"
     if path.exists():
-        check_size(path.read_text(encoding="utf-8"), vocabulary, str(path))
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is damaged ({error}): restore it.") from None
+        check_size(content, vocabulary, str(path))
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -69,7 +69,6 @@ class DEQForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = False
     _supports_sdpa = True
     _input_embed_layer = "embedding"
-    _no_split_modules = ["Depth"]  # noqa: RUF012 (transformers makes it a set of its own)
     accepts_loss_kwargs = True  # `forward` divides by `num_items_in_batch`
 
     def __init__(self, config: DEQConfig) -> None:
@@ -101,7 +100,8 @@ class DEQForCausalLM(PreTrainedModel, GenerationMixin):
             if info[kind]:
                 names = ", ".join(sorted(map(str, info[kind]))[:3])
                 raise UsageError(_misfit(pretrained_model_name_or_path, f"{kind.replace('_keys', '')}: {names}"))
-        check_tokenizer(Path(pretrained_model_name_or_path), model.config.vocabulary)
+        if pretrained_model_name_or_path is not None:  # weights may also be given as a dictionary
+            check_tokenizer(Path(pretrained_model_name_or_path), model.config.vocabulary)
         return (model, info) if wanted else model
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
