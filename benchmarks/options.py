@@ -4,8 +4,8 @@
 
 trains each variant with the same trainer on the same windows and appends a row to the file as soon as it is measured;
 rows that are there already are not measured again, so that a run that was cut off goes on where it stopped. It ends
-with the table of docs/log.md. Evaluations are per solve and of the last tenth of training, those in `check` of
-validation.
+with the table of docs/log.md. Evaluations are per solve: forward and backward of the last tenth of training, where a
+solve may take 32, and those of validation, where it may take 64.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "memory 64": {"memory": 64},
     "post, pairs": {"memory": 64, "forget": True},
 }
-COLUMNS = ("parameters", "bits_per_byte", "forward", "backward", "check", "residual", "at_cap")
 
 
 def main() -> None:
@@ -62,10 +61,13 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
             rows.append(row)
             print(row, file=sys.stderr, flush=True)
-    print("| variant | " + " | ".join(COLUMNS).replace("_", " ") + " |")
-    print("| --- |" + " ---: |" * len(COLUMNS))
+    print("| variant | parameters | bits/byte | forward | backward | validation | residual | at the cap |")
+    print("| --- |" + " ---: |" * 7)
     for row in (row for row in rows if row["steps"] == options.steps and row["seed"] == options.seed):
-        print(f"| {row['variant']} | " + " | ".join(shown(row[column]) for column in COLUMNS) + " |")
+        print(
+            f"| {row['variant']} | {row['parameters']:,} | {row['bits_per_byte']:.3f} | {row['forward']:.1f} "
+            f"| {row['backward']:.1f} | {row['check']:.1f} | {row['residual']:.1e} | {row['at_cap']:.0%} |"
+        )
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -77,12 +79,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     if whole != text:
         path.write_text(whole)
     return [json.loads(line) for line in whole.splitlines()]
-
-
-def shown(value: float) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3g}" if value < 1 else f"{value:.4g}"
 
 
 def trained(name: str, steps: int, seed: int, corpus: Corpus) -> dict[str, Any]:
