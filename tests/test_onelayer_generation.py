@@ -181,6 +181,7 @@ def test_generation_leaves_the_model_and_the_random_numbers_as_they_are():
     assert first == second  # dropout is off
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
+    model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).losses.sum().backward()  # it can still be trained
 
 
 @pytest.mark.parametrize(
