@@ -33,6 +33,7 @@ from torch import Tensor
 
 from onelayer import corpora, runs
 from onelayer.models.language_model import LanguageModel
+from onelayer.models.window import window
 from onelayer.presets import changed, preset
 from onelayer.readers import CachedReader, Reader, WholeReader
 from onelayer.training import train
@@ -91,6 +92,28 @@ def race(model: LanguageModel, text: Tensor, context: int, tokens: int) -> dict[
     return found
 
 
+def block_alone(model: LanguageModel, context: int) -> tuple[float, float]:
+    """Seconds of an evaluation of the block, of a whole sequence and of a token: what a solver that is free leaves."""
+    block, config = model.depth.block, model.config
+    found = []
+    for time_, stored in ((context, 0), (1, context - 1)):
+        x = torch.randn(1, time_, config.width)
+        z = torch.randn(1, time_, block.state_width)
+        past = None
+        if stored:
+            before = torch.randn(1, stored, config.width)
+            state = torch.randn(1, stored, block.state_width)
+            past = block.remember(state, before, block.context(before, window(stored, x.device)))
+        fixed = block.context(x, window(time_, x.device, stored), past)
+        seconds = []
+        for _ in range(20):
+            began = time.process_time()
+            block(z, x, fixed)
+            seconds.append(time.process_time() - began)
+        found.append(statistics.median(seconds))
+    return found[0], found[1]
+
+
 def quartiles(values: list[float]) -> str:
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})" if middle < 10 else f"{middle:.0f} ({low:.0f} to {high:.0f})"
@@ -126,9 +149,9 @@ def main() -> None:
     print(f"weights {weights}, width {model.config.width}, one thread{load}")
     print(
         "| rtol | context | cached, ms | evaluations: cached, cold, warm | cold / cached | warm / cached | "
-        "tied / cached | untied / cached | KiB: one slot, explicit |"
+        "tied / cached | untied / cached | KiB: one slot, explicit | one block, ms: whole, token |"
     )
-    print("| ---: " * 9 + "|")
+    print("| ---: " * 10 + "|")
     with torch.inference_mode():
         for rtol in options.rtol:
             layer.rtol, layer.eval_max_steps = rtol, 200
@@ -145,9 +168,10 @@ def main() -> None:
                 )
                 used = context / model.config.context / 1024  # slots are allocated for the whole context of the model
                 stored = f"{used * found['cached'].stored:,.0f}, {used * found['tied'].stored:,.0f}"
+                blocks = ", ".join(f"{1e3 * seconds:.2f}" for seconds in block_alone(model, context))
                 print(
                     f"| {rtol:g} | {context} | {1e3 * statistics.median(cached):.1f} | {counts} | {ratio['cold']} | "
-                    f"{ratio['warm']} | {ratio['tied']} | {ratio['untied']} | {stored} |",
+                    f"{ratio['warm']} | {ratio['tied']} | {ratio['untied']} | {stored} | {blocks} |",
                     flush=True,
                 )
 
