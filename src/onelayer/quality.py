@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -144,7 +145,9 @@ def score(
     model.eval()
     try:
         total = -(-len(windows.starts) // size) * len(passes)
-        with torch.no_grad(), tqdm(total=total, unit="batch", delay=_QUIET, leave=False, dynamic_ncols=True) as bar:
+        often = 0.5 if sys.stderr.isatty() else 15.0  # a log file wants fewer lines than a terminal redraws
+        bar = tqdm(total=total, unit="batch", delay=_QUIET, leave=False, dynamic_ncols=True, mininterval=often)
+        with torch.no_grad(), bar:
             return [_pass(model, config, windows, size, steps, lengths, bar) for steps in passes]
     finally:
         model.train(training)
