@@ -6,7 +6,8 @@
 One sequence of validation text on the CPU, one token after the other as they stand there. For each tolerance and each
 length of the context, in turn at every token, so that all see the same machine:
 
-- cached: the equilibrium of the new token alone, with the keys and values of the tokens before it in one slot;
+- cached: the equilibrium of the new token alone, with the keys and values of the tokens before it in one slot, from the
+  state of the last, as `onelayer generate` does it;
 - cold: the equilibrium of the whole sequence, from zeros;
 - warm: the same, from the equilibrium of the sequence one token shorter, the new token from the state of the last;
 - tied, untied: explicit models with a cache of one slot a layer, as many layers as the cached solve takes evaluations.
@@ -23,18 +24,21 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from onelayer import corpora, runs
 from onelayer.models.language_model import LanguageModel
+from onelayer.models.window import window
 from onelayer.presets import changed, preset
-from onelayer.readers import CachedReader, WholeReader
+from onelayer.readers import CachedReader, Reader, WholeReader
 from onelayer.training import train
+
+TWINS: tuple[Literal["tied"], Literal["untied"]] = ("tied", "untied")
 
 
 @dataclass
@@ -46,14 +50,14 @@ class Timed:
     stored: int = 0
 
 
-def timed(into: Timed, read: Callable[[], object]) -> object:
+def advance(reader: Reader, token: int, into: Timed) -> None:
     began = time.process_time()
-    output = read()
+    output = reader.advance([token])
     into.seconds.append(time.process_time() - began)
-    return output
+    into.evaluations.append(len(output.left) if output.solution is None else output.solution.evaluations)
 
 
-def explicit(model: LanguageModel, depth: str, layers: int) -> LanguageModel:
+def explicit(model: LanguageModel, depth: Literal["tied", "untied"], layers: int) -> LanguageModel:
     """The explicit model of that many layers; tied ones share the weights of the equilibrium."""
     config = replace(model.config, depth=depth, layers=layers, warm_start=False, jacobian_weight=0.0)
     twin = LanguageModel(config).eval()
@@ -69,22 +73,45 @@ def race(model: LanguageModel, text: Tensor, context: int, tokens: int) -> dict[
     """Reads `tokens` more tokens after `context - tokens` ones, in every way."""
     # The last of them is read with a whole context before it and behind it in the cache.
     first = text[: context - tokens].tolist()
-    cached, cold, warm = CachedReader(model), WholeReader(model), WholeReader(model, warm=True)
+    cached, cold, warm = CachedReader(model, warm=True), WholeReader(model), WholeReader(model, warm=True)
     found = {name: Timed() for name in ("cached", "cold", "warm", "tied", "untied")}
-    trial = CachedReader(model)
+    tokens_left = text[context - tokens : context].tolist()
+    trial, counted = CachedReader(model, warm=True), Timed()
     trial.restart([first])
-    effective = [trial.advance([token]).solution.evaluations for token in text[context - tokens : context].tolist()]
-    layers = round(statistics.mean(effective))
-    twins = {name: CachedReader(explicit(model, name, layers)) for name in ("tied", "untied")}
+    for token in tokens_left:
+        advance(trial, token, counted)
+    layers = round(statistics.mean(counted.evaluations))
+    twins = {name: CachedReader(explicit(model, name, layers)) for name in TWINS}
     for reader in (cached, cold, warm, *twins.values()):
         reader.restart([first])
-    for token in text[context - tokens : context].tolist():
+    for token in tokens_left:
         for name, reader in {"cached": cached, "cold": cold, "warm": warm, **twins}.items():
-            output = timed(found[name], lambda reader=reader, token=token: reader.advance([token]))
-            found[name].evaluations.append(layers if output.solution is None else output.solution.evaluations)
+            advance(reader, token, found[name])
     for name, reader in {"cached": cached, **twins}.items():
         found[name].stored = reader.stored_bytes
     return found
+
+
+def block_alone(model: LanguageModel, context: int) -> tuple[float, float]:
+    """Seconds of an evaluation of the block, of a whole sequence and of a token: what a solver that is free leaves."""
+    block, config = model.depth.block, model.config
+    found = []
+    for time_, stored in ((context, 0), (1, context - 1)):
+        x = torch.randn(1, time_, config.width)
+        z = torch.randn(1, time_, block.state_width)
+        past = None
+        if stored:
+            before = torch.randn(1, stored, config.width)
+            state = torch.randn(1, stored, block.state_width)
+            past = block.remember(state, before, block.context(before, window(stored, x.device)))
+        fixed = block.context(x, window(time_, x.device, stored), past)
+        seconds = []
+        for _ in range(20):
+            began = time.process_time()
+            block(z, x, fixed)
+            seconds.append(time.process_time() - began)
+        found.append(statistics.median(seconds))
+    return found[0], found[1]
 
 
 def quartiles(values: list[float]) -> str:
@@ -122,10 +149,10 @@ def main() -> None:
     print(f"weights {weights}, width {model.config.width}, one thread{load}")
     print(
         "| rtol | context | cached, ms | evaluations: cached, cold, warm | cold / cached | warm / cached | "
-        "tied / cached | untied / cached | KiB: one slot, explicit |"
+        "tied / cached | untied / cached | KiB: one slot, explicit | one block, ms: whole, token |"
     )
-    print("| ---: " * 9 + "|")
-    with torch.no_grad():
+    print("| ---: " * 10 + "|")
+    with torch.inference_mode():
         for rtol in options.rtol:
             layer.rtol, layer.eval_max_steps = rtol, 200
             for context in options.contexts:
@@ -141,9 +168,10 @@ def main() -> None:
                 )
                 used = context / model.config.context / 1024  # slots are allocated for the whole context of the model
                 stored = f"{used * found['cached'].stored:,.0f}, {used * found['tied'].stored:,.0f}"
+                blocks = ", ".join(f"{1e3 * seconds:.2f}" for seconds in block_alone(model, context))
                 print(
                     f"| {rtol:g} | {context} | {1e3 * statistics.median(cached):.1f} | {counts} | {ratio['cold']} | "
-                    f"{ratio['warm']} | {ratio['tied']} | {ratio['untied']} | {stored} |",
+                    f"{ratio['warm']} | {ratio['tied']} | {ratio['untied']} | {stored} | {blocks} |",
                     flush=True,
                 )
 

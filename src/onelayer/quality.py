@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -181,8 +182,10 @@ def score(
     training = model.training
     model.eval()
     try:
+        often = 0.5 if sys.stderr.isatty() else 15.0  # a log file wants fewer lines than a terminal redraws
         total = len(windows.starts) * len(passes)
-        with torch.no_grad(), tqdm(total=total, unit="window", delay=_QUIET, leave=False, dynamic_ncols=True) as bar:
+        bar = tqdm(total=total, unit="window", delay=_QUIET, leave=False, dynamic_ncols=True, mininterval=often)
+        with torch.no_grad(), bar:
             return [_pass(model, config, windows, torch.from_numpy(lengths), steps, bar) for steps in passes]
     finally:
         model.train(training)

@@ -14,7 +14,7 @@ from onelayer.report.drawing import NARROW, canvas
 from onelayer.report.record import CAP_LIMIT
 
 # A file of its own has no page to take its colours from.
-_BLUE, _GREY = "#2f6fb3", "#6b7280"
+_BLUE, _GREY, _PALE = "#2f6fb3", "#6b7280", "#e5e7eb"
 
 
 def check_plot(path: Path) -> None:
@@ -63,5 +63,6 @@ def plot_compute(found: Sequence[Quality], path: Path) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="evaluations of the block in a solve, mean", ylabel="bits per byte")
     axes.tick_params(colors=_GREY)
+    axes.grid(axis="y", color=_PALE, linewidth=0.8)
     axes.legend(frameon=False, fontsize=8.5)
     figure.savefig(path, dpi=200)
