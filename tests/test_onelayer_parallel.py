@@ -17,7 +17,7 @@ import torch
 import training_ranks
 from training_ranks import SAVED_AT, STEPS
 
-from onelayer import checkpoints
+from onelayer import checkpoints, corpora
 from onelayer.errors import UsageError
 from onelayer.metrics import read_metrics
 from onelayer.parallel import Processes, processes
@@ -38,6 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, list[float]]]]:
     """Every configuration trained on one process, then on two in both ways."""
     folder, threads = tmp_path_factory.mktemp("trained"), torch.get_num_threads()
+    data = corpora.prepare(data, folder / "tokens").folder
     torch.set_num_threads(1)
     alone = {}
     for name, config in training_ranks.configs(data).items():
@@ -74,21 +75,21 @@ def test_processes_solve_in_different_numbers_of_evaluations(trained: tuple[Path
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_goes_on_on_any_number_of_processes(
-    name: str, parallel: str, data: Path, trained: tuple[Path, dict[str, list[float]]]
+    name: str, parallel: str, trained: tuple[Path, dict[str, list[float]]]
 ):
     folder, alone = trained
     of_two = found(folder, name, parallel)
     assert of_two["again"] == of_two["losses"][SAVED_AT:]  # on as many, bit for bit
     assert of_two["of_one"] == pytest.approx(alone[name][SAVED_AT:], rel=0, abs=CLOSE)
-    config = training_ranks.configs(data)[name]
+    config = training_ranks.configs(folder / "tokens")[name]
     step = folder / name / parallel / f"step-{SAVED_AT:08d}"
     on_one, _ = training_ranks.train(config, ALONE, folder, resume=step)
     assert on_one == pytest.approx(of_two["losses"][SAVED_AT:], rel=0, abs=CLOSE)
 
 
-def test_a_checkpoint_of_another_model_is_refused(data: Path, trained: tuple[Path, dict[str, list[float]]]):
+def test_a_checkpoint_of_another_model_is_refused(trained: tuple[Path, dict[str, list[float]]]):
     folder, _ = trained
-    config = training_ranks.configs(data)["trellisnet"]
+    config = training_ranks.configs(folder / "tokens")["trellisnet"]
     with pytest.raises(UsageError, match=r"is of another model: model\.depth"):
         training_ranks.train(config, ALONE, folder, resume=folder / "plain" / "fsdp2" / f"step-{SAVED_AT:08d}")
 

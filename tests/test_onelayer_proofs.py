@@ -77,8 +77,8 @@ def prove(
     folder: Path, networks: list[Subject], stacks: list[Any], monkeypatch: pytest.MonkeyPatch, *more: str
 ) -> tuple[int, dict[str, Any], str]:
     """The exit code, what `proof.json` holds, and the page."""
-    monkeypatch.setattr("onelayer.cli.NETWORKS", networks)
-    monkeypatch.setattr("onelayer.cli.STACKS", stacks)
+    monkeypatch.setattr("onelayer.cli.prove.NETWORKS", networks)
+    monkeypatch.setattr("onelayer.cli.prove.STACKS", stacks)
     code = main(["prove", "--out", str(folder), *more])
     return code, json.loads((folder / "proof.json").read_text()), (folder / "proof.html").read_text()
 
@@ -280,7 +280,7 @@ def test_options_that_make_no_sense(options: list[str], says: str, tmp_path: Pat
 def test_what_is_there_already_is_left_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("onelayer.cli.NETWORKS", [])
+    monkeypatch.setattr("onelayer.cli.prove.NETWORKS", [])
     folder, file = tmp_path / "proof", tmp_path / "notes.txt"
     folder.mkdir()
     for path in (folder / "proof.html", file):
@@ -295,7 +295,7 @@ def test_what_is_there_already_is_left_as_it_is(
 def test_without_scikit_learn_the_extra_is_named_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("onelayer.cli.NETWORKS", FEW)
+    monkeypatch.setattr("onelayer.cli.prove.NETWORKS", FEW)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert_refused(capsys, "equilibria[prove]", "--out", str(tmp_path / "proof"))
     assert not (tmp_path / "proof").exists()

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 import equilibria as eq
-from onelayer import checkpoints, corpora, learner
+from onelayer import checkpoints, learner
 from onelayer.parallel import Processes, processes
+from onelayer.prepared import open_tokens
 from onelayer.presets import RunConfig, preset
 
 STEPS, SAVED_AT = 20, 10
@@ -41,7 +42,8 @@ def train(
     config: RunConfig, group: Processes, folder: Path, resume: Path | None = None
 ) -> tuple[list[float], list[int]]:
     """Losses of all updates, or of those after the checkpoint, and the evaluations that this process made in each."""
-    corpus = corpora.load(config.data)
+    assert config.data is not None
+    corpus = open_tokens(config.data)
     learning = learner.start(config, group)
     first = 0
     if resume is not None:
