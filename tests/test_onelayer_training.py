@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from onelayer import checkpoints, pretrained
+from onelayer import checkpoints, pretrained, runs
 from onelayer.cli import main
 from onelayer.learner import learning_rate_at
 from onelayer.metrics import read_metrics
@@ -186,6 +187,36 @@ def test_explicit_models_train_and_say_nothing_of_an_equilibrium(depth: str, dat
     assert main(["generate", str(run), "--prompt", "def ", "--bytes", "3"]) == 0
     assert main(["evaluate", str(run)]) == 0
     assert main(["evaluate", str(run), "--max-steps", "2"]) == 2
+
+
+def test_tensorboard_has_the_numbers_of_the_metrics(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    tiny = ["train", "--preset", "tiny", "--steps", "8", "--data", str(data), "--tensorboard"]
+    assert main([*tiny, "--run", str(run)]) == 0
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    assert main(["train", "--resume", str(run), "--tensorboard"]) == 0  # steps made twice are there once
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    for kind, name in (("train", "bits_per_byte"), ("train", "residual"), ("validation", "bits_per_byte")):
+        lines = [line for line in read_metrics(run) if line["kind"] == kind and line[name] is not None]
+        events = board.Scalars(f"{kind}/{name}")
+        assert [event.step for event in events] == [line["step"] for line in lines]
+        assert [event.value for event in events] == pytest.approx([line[name] for line in lines], rel=1e-6)
+
+    monkeypatch.setattr("onelayer.metrics.SummaryWriter", None)
+    assert main([*tiny, "--run", str(tmp_path / "other")]) == 2
+    assert "install equilibria[tensorboard]" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_two_trainings_of_one_run_do_not_mix(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with runs.locked(run):
+        assert main(["train", "--resume", str(run)]) == 2
+    assert "Another process is training" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run)]) == 0
 
 
 def test_the_learning_rate_rises_and_falls():

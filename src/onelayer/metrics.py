@@ -15,6 +15,18 @@ except ImportError:
     SummaryWriter = None
 
 
+def check_tensorboard() -> None:
+    """Makes sure that TensorBoard is there.
+
+    >>> check_tensorboard()
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    if SummaryWriter is None:
+        raise UsageError("--tensorboard needs TensorBoard: install equilibria[tensorboard], or leave it out.")
+
+
 class Metrics:
     """`metrics.jsonl`: a line is on disk before the next step starts, and half a line is never read.
 
@@ -31,8 +43,8 @@ class Metrics:
     """
 
     def __init__(self, run: Path, after_step: int, tensorboard: bool = False) -> None:
-        if tensorboard and SummaryWriter is None:
-            raise UsageError("TensorBoard is not installed: pip install tensorboard, or leave out --tensorboard.")
+        if tensorboard:
+            check_tensorboard()
         path = run / "metrics.jsonl"
         kept = [line for line in read_metrics(run) if line["step"] <= after_step]
         write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from onelayer import checkpoints, learner, runs
 from onelayer.evaluation import evaluate, peak_memory_bytes
 from onelayer.learner import Learner
-from onelayer.metrics import Metrics
+from onelayer.metrics import Metrics, check_tensorboard
 from onelayer.model_card import Measured
 from onelayer.models.language_model import LanguageModel
 from onelayer.parallel import Processes, processes
@@ -60,6 +60,8 @@ def train(
         KeyboardInterrupt: the run was interrupted, and has been saved.
     """
     training = config.training
+    if tensorboard:
+        check_tensorboard()
     with processes(parallel, training.device, training.batch_size, training.accumulate) as group:
         corpus = group.first_alone(
             lambda: runs.same_corpus(run, config) if resume else runs.create(run, config, command)
