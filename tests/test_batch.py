@@ -72,6 +72,7 @@ def differences(one: Everything, other: Everything, kinds: list[str], case: Case
     """What is said differently about the same samples, in words."""
     bounds = {"rtol": 1e-9, "atol": 1e-10} if case.tight else {"rtol": 1e-3, "atol": 1e-3}
     steps = 0 if case.tight else 1
+    pairs = getattr(case.adjoint, "solver", None) == eq.BiCGSTAB()
     found: list[Any] = []
     for i, kind in enumerate(kinds):
         if kind == "wanders":
@@ -82,14 +83,21 @@ def differences(one: Everything, other: Everything, kinds: list[str], case: Case
                 found.append((kind, name, a[i].item(), b[i].item()))
         for name in ("steps", "adjoint_steps"):
             a, b = getattr(one, name), getattr(other, name)
-            # One step of BiCGSTAB is two products, and of a stiff system rounding decides when it is done.
-            pairs = name == "adjoint_steps" and getattr(case.adjoint, "solver", None) == eq.BiCGSTAB()
-            allowed = steps * (1 if not pairs else 2 if kind in EASY else 20)
+            # One step of BiCGSTAB is two products. Its residual falls unsteadily and carries the rounding of all steps
+            # before, so that rounding, which differs between processors, decides when it is done, in float64 too.
+            allowed = (2 if kind in EASY else 20) if name == "adjoint_steps" and pairs else steps
             if a is not None and (a[i] - b[i]).abs() > allowed:
                 found.append((kind, name, a[i].item(), b[i].item()))
         for name in ("value", "x", "slope", "shift"):
             a, b = getattr(one, name)[i], getattr(other, name)[i]
-            if not torch.allclose(a, b, equal_nan=True, **bounds):
+            unlike = bounds
+            unsolved = one.adjoint_status is not None and int(one.adjoint_status[i]) != eq.Status.CONVERGED
+            known = one.adjoint_residual is not None and other.adjoint_residual is not None
+            if (pairs or unsolved) and known and name != "value":
+                # What a gradient is known to is what was left of its equation, and how the equation magnifies that.
+                left = max(float(one.adjoint_residual[i].nan_to_num()), float(other.adjoint_residual[i].nan_to_num()))
+                unlike = {key: max(bound, 100 * left) for key, bound in bounds.items()}
+            if not torch.allclose(a, b, equal_nan=True, **unlike):
                 found.append((kind, name, a.tolist(), b.tolist()))
         a, b = one.residual[i], other.residual[i]
         if case.tight and not torch.allclose(a, b, rtol=1e-4, atol=1e-10, equal_nan=True):

@@ -275,7 +275,8 @@ def test_gmres_of_stiff_systems_is_right_where_it_says_so(dtype):
             assert true <= rtol + seen, name
         assert abs(found.residual.item() - true) <= 0.1 * true + seen, name
         own = (b - torch.einsum("bij,bj->bi", a, found.x)).norm().item() / b.norm().item()
-        assert max(found.residual.item(), 0.1 * rtol) > 0.3 * own, name
+        # A product at the same point may round otherwise where its operand lies elsewhere in memory.
+        assert max(found.residual.item(), 0.1 * rtol) + seen > 0.3 * own, name
         if seen < 0.3 * rtol:  # elsewhere no solver can know
             assert found.status.item() == eq.Status.CONVERGED, name
             assert found.steps <= n + 4
