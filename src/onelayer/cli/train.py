@@ -14,6 +14,7 @@ from onelayer.models.configuration import Architecture, Depth, Form, Positions
 from onelayer.parallel import Parallel
 from onelayer.prepared import is_prepared, open_tokens
 from onelayer.presets import PRESETS, Device, Precision, changed, preset
+from onelayer.report.record import CAP_LIMIT
 from onelayer.training import train
 
 # Options that choose, set or switch on the value of that name in the configuration.
@@ -115,4 +116,6 @@ def _print_evaluation(found: dict[str, Any]) -> None:
         print(f"residual         {found['residual']:.1e} median, {found['residual_p95']:.1e} 95th percentile")
         print(f"evaluations      {found['evaluations']['mean']:.1f} on average")
         print(f"solves at cap    {found['share_at_cap']:.1%}")
+        if found["share_at_cap"] > CAP_LIMIT:
+            print("                 more than 5%: what was trained is a K-step network, not an equilibrium")
         print(f"allowed 1, 2, 4  {', '.join(f'{allowed[n]:.3f}' for n in (1, 2, 4) if n in allowed)} bits per byte")
