@@ -72,6 +72,13 @@ def test_processes_solve_in_different_numbers_of_evaluations(trained: tuple[Path
         assert any(a != b for a, b in zip(first, second, strict=True))
 
 
+def test_sharded_parameters_are_gathered_as_often_whatever_a_solve_takes(trained: tuple[Path, dict[str, list[float]]]):
+    counts = found(trained[0], "plain", "fsdp2")["gathers"]
+    assert counts["many evaluations"] > 2 * counts["few evaluations"]
+    # The depth forward and backward, and the embedding, which is the root's and stays gathered.
+    assert counts["few"] == counts["many"] == 3
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_goes_on_on_any_number_of_processes(

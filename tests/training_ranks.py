@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import equilibria as eq
 from onelayer import checkpoints, learner
@@ -59,6 +60,31 @@ def train(
     return losses, evaluations
 
 
+class Gathers(TorchDispatchMode):
+    """Counts the all-gathers into one buffer, which are those of sharded parameters."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "allgather_base" in str(func) or "all_gather_into_tensor" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def gathers(config: RunConfig, group: Processes) -> dict[str, int]:
+    """All-gathers of parameters in an update whose solves make few or many evaluations, and those evaluations."""
+    assert config.data is not None
+    corpus, found = open_tokens(config.data), {}
+    for name, max_steps in (("few", 3), ("many", 20)):
+        training = replace(config.training, unrolled_steps=0, accumulate=1)
+        model = replace(config.model, rtol=1e-6, max_steps=max_steps, backward_rtol=1e-6, backward_max_steps=max_steps)
+        learning = learner.start(replace(config, model=model, training=training), group)
+        with eq.monitor(learning.model) as reports, Gathers() as gathered:
+            learner.update(learning, corpus, 0)
+        found[name] = gathered.count
+        found[f"{name} evaluations"] = sum(report.evaluations for report in reports)
+    return found
+
+
 def on_two_processes(data: Path, folder: Path) -> None:
     """Every configuration under "ddp" and "fsdp2"; what came of it lies in `folder`."""
     with socket.socket() as probe:
@@ -81,4 +107,6 @@ def _process(rank: int, port: int, data: Path, folder: Path) -> None:
                 again, _ = train(config, group, own, resume=own / f"step-{SAVED_AT:08d}")
                 of_one, _ = train(config, group, own, resume=folder / name / "one" / f"step-{SAVED_AT:08d}")
                 found = {"losses": losses, "again": again, "of_one": of_one, "evaluations": evaluations}
+                if parallel == "fsdp2" and name == "plain":
+                    found |= {"gathers": gathers(config, group)}
                 (own / f"found-{rank}.json").write_text(json.dumps(found))
