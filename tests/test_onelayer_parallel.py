@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import training_ranks
 from training_ranks import SAVED_AT, STEPS
 
-from onelayer import checkpoints, corpora
+from onelayer import checkpoints, corpora, learner
 from onelayer.errors import UsageError
 from onelayer.metrics import read_metrics
 from onelayer.parallel import Processes, processes
@@ -92,6 +93,18 @@ def test_a_checkpoint_goes_on_on_any_number_of_processes(
     step = folder / name / parallel / f"step-{SAVED_AT:08d}"
     on_one, _ = training_ranks.train(config, ALONE, folder, resume=step)
     assert on_one == pytest.approx(of_two["losses"][SAVED_AT:], rel=0, abs=CLOSE)
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(trained: tuple[Path, dict[str, list[float]]]):
+    tokens = trained[0] / "tokens"
+    config = training_ranks.configs(tokens)["float64"]
+    found = []
+    for accumulate in (1, 2, 4):
+        learning = learner.start(replace(config, training=replace(config.training, accumulate=accumulate)), ALONE)
+        lines = [learner.update(learning, corpora.open_tokens(tokens), step) for step in range(4)]
+        found.append([line[name] for line in lines for name in ("bits_per_byte", "gradient_norm")])
+    assert found[1] == pytest.approx(found[0], rel=1e-10)
+    assert found[2] == pytest.approx(found[0], rel=1e-10)
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained: tuple[Path, dict[str, list[float]]]):
