@@ -40,6 +40,7 @@ def assert_holds(path: Path, step: int) -> None:
 def test_what_was_written_is_read(tmp_path: Path):
     save(tmp_path / "checkpoints", 3)
     path, facts, complaints = checkpoints.newest(tmp_path / "checkpoints", ALONE)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
     assert (facts["step"], facts["seconds"], facts["name"], complaints) == (3, 0.5, "é", [])
     assert_holds(path, 3)
     assert checkpoints.entries(path) == {name: tuple(tensor.shape) for name, tensor in some_tensors().items()}

@@ -95,6 +95,15 @@ def test_a_checkpoint_goes_on_on_any_number_of_processes(
     assert on_one == pytest.approx(of_two["losses"][SAVED_AT:], rel=0, abs=CLOSE)
 
 
+def test_a_full_disk_of_one_process_is_told_to_all(trained: tuple[Path, dict[str, list[float]]]):
+    ranks = [found(trained[0], "plain", "fsdp2", rank)["refusals"] for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    assert len(ranks[0]) == 3
+    for sentence in ranks[0]:
+        assert re.search(rf"of step 99 could not be saved .*No space left.*of step {SAVED_AT} is undamaged", sentence)
+    assert [path.name for path in (trained[0] / "plain" / "fsdp2").glob("*step*")] == [f"step-{SAVED_AT:08d}"]
+
+
 def test_parts_of_a_batch_add_up_to_the_batch(trained: tuple[Path, dict[str, list[float]]]):
     tokens = trained[0] / "tokens"
     config = training_ranks.configs(tokens)["float64"]

@@ -1,5 +1,6 @@
 """What each of two processes does in the tests of training on several; a light module, as each imports it anew."""
 
+import errno
 import json
 import os
 import socket
@@ -7,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import equilibria as eq
 from onelayer import checkpoints, learner
+from onelayer.errors import UsageError
 from onelayer.parallel import Processes, processes
 from onelayer.prepared import open_tokens
 from onelayer.presets import RunConfig, preset
@@ -85,6 +88,24 @@ def gathers(config: RunConfig, group: Processes) -> dict[str, int]:
     return found
 
 
+def refusals(config: RunConfig, group: Processes, folder: Path) -> list[str]:
+    """What this process says of saves for which the disk is full in one of the two, at the tensors or at the end."""
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    learning, said = learner.start(config, group), []
+    for rank, place in ((0, "os.fsync"), (1, "os.fsync"), (0, "onelayer.checkpoints.write_bytes")):
+        with pytest.MonkeyPatch.context() as patch:
+            if group.rank == rank:
+                patch.setattr(place, full)
+            try:
+                checkpoints.save(folder, 99, learning.tensors(), {}, group)
+            except UsageError as error:
+                said.append(str(error))
+    return said
+
+
 def on_two_processes(data: Path, folder: Path) -> None:
     """Every configuration under "ddp" and "fsdp2"; what came of it lies in `folder`."""
     with socket.socket() as probe:
@@ -108,5 +129,5 @@ def _process(rank: int, port: int, data: Path, folder: Path) -> None:
                 of_one, _ = train(config, group, own, resume=folder / name / "one" / f"step-{SAVED_AT:08d}")
                 found = {"losses": losses, "again": again, "of_one": of_one, "evaluations": evaluations}
                 if parallel == "fsdp2" and name == "plain":
-                    found |= {"gathers": gathers(config, group)}
+                    found |= {"gathers": gathers(config, group), "refusals": refusals(config, group, own)}
                 (own / f"found-{rank}.json").write_text(json.dumps(found))
