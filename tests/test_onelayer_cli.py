@@ -261,7 +261,7 @@ def test_a_model_in_place_of_its_run(run: Path, capsys: pytest.CaptureFixture[st
 def test_tokens_that_are_gone_are_made_anew_as_it_says(
     data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    bare = tmp_path / "bare"
+    bare = tmp_path / "a bare run"
     shutil.copytree(run, bare)
     shutil.rmtree(bare / "tokens")
     assert_refused(capsys, "are gone", "evaluate", str(bare))

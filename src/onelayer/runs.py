@@ -12,6 +12,7 @@ report.html                 all of it to look at
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -84,11 +85,10 @@ def read_corpus(run: Path) -> Corpus:
     if not own.is_dir() and (config.data is None or not is_prepared(Path(config.data))):
         if config.data is not None and not config.data.startswith(PREFIX) and not Path(config.data).exists():
             raise UsageError(f"The tokens of {run} and the data {config.data} are gone: restore one of the two.")
-        text = "" if config.data is None else f" --data {config.data}"
-        raise UsageError(
-            f"The tokens of {run} are gone: make them anew by onelayer tokenize{text} --tokenizer "
-            f"{run / 'model' / 'tokenizer.json'} --out {own}."
-        )
+        of_text = [] if config.data is None else ["--data", config.data]
+        by = ["--tokenizer", str(run / "model" / "tokenizer.json"), "--out", str(own)]
+        command = shlex.join(["onelayer", "tokenize", *of_text, *by])
+        raise UsageError(f"The tokens of {run} are gone: make them anew by {command}.")
     return _of_the_same_tokens(run, corpora.open_tokens(own if config.data is None or own.is_dir() else config.data))
 
 
