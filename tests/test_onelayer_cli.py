@@ -1,11 +1,18 @@
 """The command line: what it draws and measures, and one sentence and exit code 2 for what cannot be done."""
 
+import re
+import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from onelayer import training
 from onelayer.cli import main
+from onelayer.metrics import Metrics, read_metrics
+from onelayer.runs import load_model
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +174,10 @@ def test_data_that_will_not_do(kind: str, tmp_path: Path, capsys: pytest.Capture
         (["--device", "abacus"], "cpu, cuda"),
         (["--precision", "int3"], "float32, bfloat16"),
         (["--verbosity", "9"], "--verbosity"),
+        (["--model", "tied", "--max-steps", "4"], "max_steps is for equilibrium models"),
+        (["--layers", "4"], "layers is for untied and tied models"),
+        (["--kernel", "3"], "kernel is for the TrellisNet"),
+        (["--architecture", "trellisnet", "--positions", "relative"], "positions is for the Transformer"),
     ],
 )
 def test_options_that_make_no_sense(
@@ -238,3 +249,86 @@ def test_evaluation_that_makes_no_sense(run: Path, tmp_path: Path, capsys: pytes
     assert_refused(capsys, "missing.txt", "evaluate", str(run), "--data", str(tmp_path / "missing.txt"))
     assert_refused(capsys, "invent", "invent")
     assert_refused(capsys, "required")
+    assert_refused(
+        capsys, "nowhere to write found.json", "evaluate", str(run), "--json", str(tmp_path / "nowhere/found.json")
+    )
+    assert_refused(
+        capsys, "nowhere to write found.png", "evaluate", str(run), "--plot", str(tmp_path / "nowhere/found.png")
+    )
+    assert_refused(capsys, f"{tmp_path} may not be written", "evaluate", str(run), "--json", str(tmp_path))
+
+
+def test_a_model_in_place_of_its_run(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert_refused(capsys, f"name the run folder that it lies in, {run}.", "evaluate", str(run / "model"))
+
+
+def test_tokens_that_are_gone_are_made_anew_as_it_says(
+    data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    bare = tmp_path / "a bare run"
+    shutil.copytree(run, bare)
+    shutil.rmtree(bare / "tokens")
+    assert_refused(capsys, "are gone", "evaluate", str(bare))
+    assert main(["train", "--resume", str(bare)]) == 2
+    (command,) = re.findall(r"onelayer (tokenize .*)\.$", capsys.readouterr().err.strip())
+    assert main(shlex.split(command)) == 0
+    assert output(capsys, "evaluate", str(bare)) == output(capsys, "evaluate", str(run))
+    assert (bare / "tokens" / "train.bin").read_bytes() == (run / "tokens" / "train.bin").read_bytes()
+
+    shutil.rmtree(bare / "tokens")
+    config = (bare / "config.json").read_text()
+    (bare / "config.json").write_text(config.replace(str(data), str(tmp_path / "gone.txt")))
+    assert_refused(capsys, "restore one of the two", "evaluate", str(bare))
+
+
+def test_a_folder_that_nothing_can_be_written_to(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    # What a read-only disk does to the first file that a run opens, a folder in its place does for every user.
+    closed = tmp_path / "closed"
+    shutil.copytree(run, closed)
+    (closed / ".lock").unlink()
+    (closed / ".lock").mkdir()
+    assert_refused(capsys, "make the folder one that you may write", "train", "--resume", str(closed))
+
+
+def test_a_disk_that_fills_up_between_saves(
+    data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    class Full(Metrics):
+        def write(self, line: dict[str, Any]) -> None:
+            if line["step"] == 7:
+                self._file = Path("/dev/full").open("a")  # noqa: SIM115
+            super().write(line)
+
+    full = tmp_path / "full"
+    monkeypatch.setattr(training, "Metrics", Full)
+    options = ["train", "--preset", "tiny", "--data", str(data), "--run", str(full)]
+    capsys.readouterr()
+    assert main(options) == 2
+    says = f"onelayer: {full / 'metrics.jsonl'} cannot be written (No space left on device): make room"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(says)
+    monkeypatch.undo()
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "write_report", fail)
+    assert main(["train", "--resume", str(full)]) == 2
+    assert "the model is trained and saved" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.undo()
+    assert main(["train", "--resume", str(full)]) == 0
+    both = [[line.get("bits_per_byte") for line in read_metrics(folder)] for folder in (full, run)]
+    assert both[0] == both[1]
+    weights = [load_model(folder)[0].state_dict() for folder in (full, run)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_disk_that_is_full_before_the_first_save(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = tmp_path / "run"
+    monkeypatch.setattr("onelayer.runs.write_json", fail)
+    assert_refused(capsys, "No space left", "train", "--preset", "tiny", "--data", str(data), "--run", str(run))
+    assert not run.exists()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -123,13 +124,15 @@ def test_a_checkpoint_of_another_model_is_refused(trained: tuple[Path, dict[str,
         training_ranks.train(config, ALONE, folder, resume=folder / "plain" / "fsdp2" / f"step-{SAVED_AT:08d}")
 
 
-def torchrun(data: Path, *arguments: str, processes: int = 2) -> subprocess.Popen[bytes]:
+def torchrun(data: Path, *arguments: str, processes: int = 2, largest: int | None = None) -> subprocess.Popen[bytes]:
+    """Trains under torchrun; no file may grow beyond `largest` bytes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [*command, "-m", "onelayer", "train", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        preexec_fn=None if largest is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
     )
 
 
@@ -178,6 +181,22 @@ def test_what_does_not_fit_is_said_once(data: Path, tmp_path: Path):
     (line,) = re.findall(r"^onelayer: .*$", errors, re.MULTILINE)
     assert line.endswith("of 5 windows cannot be split evenly into 2 processes: make the batch size a multiple of 2.")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_line_that_one_process_cannot_write_stops_all_in_a_sentence(data: Path, tmp_path: Path):
+    run, size = tmp_path / "run", ["--preset", "tiny", "--width", "8", "--heads", "1", "--context", "8"]
+    options = ["--steps", "300", "--save-every", "20", "--unrolled-steps", "300"]
+    # The metrics are the first file to reach that size.
+    with torchrun(
+        data, *size, *options, "--data", str(data), "--out", str(run), "--parallel", "ddp", largest=38_000
+    ) as process:
+        errors = process.communicate()[1].decode()
+    assert process.returncode != 0
+    (line,) = re.findall(r"^onelayer: .*$", errors, re.MULTILINE)
+    assert line.startswith(f"onelayer: {run / 'metrics.jsonl'} cannot be written (File too large): make room")
+    assert "Connection closed" not in errors
+    done = max(int(line["step"]) for line in read_metrics(run))
+    assert done - int(checkpoints.newest(run / "checkpoints", ALONE)[1]["step"]) <= 20
 
 
 @pytest.mark.parametrize(

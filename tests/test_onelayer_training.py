@@ -8,16 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from onelayer import checkpoints, pretrained, runs
+from onelayer import checkpoints, learner, pretrained, runs
 from onelayer.cli import main
-from onelayer.learner import learning_rate_at
+from onelayer.learner import Learner, learning_rate_at
 from onelayer.metrics import read_metrics
 from onelayer.parallel import Processes
+from onelayer.prepared import Corpus
 from onelayer.presets import TrainingConfig
 
 STEPS, SAVE_EVERY = 50, 7
@@ -120,6 +122,30 @@ def test_a_resumed_run_gives_the_same_numbers(finished: Path, tmp_path: Path, ca
     assert main(["train", "--resume", str(run)]) == 0
     assert_same_run(run, finished)
     assert "bits per byte" in capsys.readouterr().out
+
+
+def test_ten_stops_in_a_row_lose_no_more_than_the_updates_since_a_save(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Stopped(Exception):
+        pass
+
+    run, update = tmp_path / "run", learner.update
+    options = ["--preset", "tiny", "--steps", str(STEPS), "--save-every", str(SAVE_EVERY), "--data", str(data)]
+    for last in (0, 3, 5, 8, 9, 14, 22, 27, 41, 49):  # twice before there is a save
+
+        def stopping(learning: Learner, corpus: Corpus, step: int, last: int = last) -> dict[str, Any]:
+            if step == last:
+                raise Stopped
+            return update(learning, corpus, step)
+
+        monkeypatch.setattr(learner, "update", stopping)
+        with pytest.raises(Stopped):
+            main(["train", "--resume", str(run)] if run.exists() else ["train", *options, "--run", str(run)])
+        assert checkpoints.newest(run / "checkpoints", ALONE)[1]["step"] == last - last % SAVE_EVERY
+    monkeypatch.undo()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert_same_run(run, finished)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

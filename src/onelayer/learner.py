@@ -58,8 +58,9 @@ class Learner:
         Raises:
             UsageError: the checkpoint is of another model.
         """
-        checkpoints.prime(self.optimizer)
         stored = checkpoints.entries(checkpoint)
+        if any(name.startswith("optimizer.") for name in stored):  # there is none before the first update
+            checkpoints.prime(self.optimizer)
         if self.config.model.memory and "memory.x" in stored:
             rows = self.group.rows(self.config.training.batch_size)
             x, *states = (

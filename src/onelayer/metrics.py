@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from onelayer.errors import UsageError
-from onelayer.files import write_bytes
+from onelayer.files import write_bytes, written
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -39,33 +40,43 @@ class Metrics:
         tensorboard: whether numbers are written for TensorBoard too, into `run/tensorboard`.
 
     Raises:
-        UsageError: TensorBoard is wanted and not installed.
+        UsageError: TensorBoard is wanted and not installed, or nothing can be written there.
+
+    Attributes:
+        problem: why a line could not be written, as on a full disk; `None` where all were.
     """
+
+    problem: str | None = None
 
     def __init__(self, run: Path, after_step: int, tensorboard: bool = False) -> None:
         if tensorboard:
             check_tensorboard()
         path = run / "metrics.jsonl"
         kept = [line for line in read_metrics(run) if line["step"] <= after_step]
-        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = path.open("a", encoding="utf-8")
         self._board = None
-        if tensorboard and SummaryWriter is not None:
-            # Points of steps that are made again are dropped there too.
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=after_step + 1)
+        with written(path, f"make room on the disk, then go on by --resume {run}"):
+            write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            self._file = path.open("a", encoding="utf-8")
+            if tensorboard and SummaryWriter is not None:
+                # Points of steps that are made again are dropped there too.
+                self._board = SummaryWriter(str(run / "tensorboard"), purge_step=after_step + 1)
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # what is left to write has met a full disk already
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends one line."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Appends one line, or says in `problem` why it cannot."""
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self.problem = error.strerror or str(error)
         for name, value in line.items() if self._board is not None else ():
             if isinstance(value, int | float) and name not in ("step", "seconds") and self._board is not None:
                 self._board.add_scalar(f"{line['kind']}/{name}", value, line["step"])

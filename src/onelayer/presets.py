@@ -188,6 +188,10 @@ def preset(name: str) -> RunConfig:
     return PRESETS[name]
 
 
+# Values that say how an equilibrium is found, or made easy to find.
+_OF_EQUILIBRIA = {"max_steps", "rtol", "unrolled_steps", "jacobian_weight", "jacobian_share", "warm_start"}
+
+
 def changed(config: RunConfig, values: dict[str, Any], data: str | None = None) -> RunConfig:
     """The configuration on other data, with some values of its model or training replaced, by their names.
 
@@ -198,10 +202,20 @@ def changed(config: RunConfig, values: dict[str, Any], data: str | None = None) 
         UsageError: a value is not allowed.
     """
     own = {f.name for f in fields(ModelConfig)}
+    model = replace(config.model, **{name: value for name, value in values.items() if name in own})
+    for kind, names, holds in (
+        ("equilibrium models", _OF_EQUILIBRIA, model.depth == "equilibrium"),
+        ("untied and tied models", {"layers"}, model.depth != "equilibrium"),
+        ("the Transformer", {"heads", "block", "positions"}, model.architecture == "transformer"),
+        ("the TrellisNet", {"kernel"}, model.architecture == "trellisnet"),
+    ):
+        for name in values if not holds else ():
+            if name in names:
+                raise UsageError(f"{name} is for {kind}, and this is another: leave it out.")
     return replace(
         config,
         data=data,
-        model=replace(config.model, **{name: value for name, value in values.items() if name in own}),
+        model=model,
         training=replace(config.training, **{name: value for name, value in values.items() if name not in own}),
     )
 

@@ -12,6 +12,7 @@ report.html                 all of it to look at
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from onelayer import corpora, pretrained, tokenizer
 from onelayer.errors import UsageError
-from onelayer.files import write_bytes
+from onelayer.files import write_bytes, written
+from onelayer.hub_data import PREFIX
 from onelayer.model_card import Measured, card
 from onelayer.models.language_model import LanguageModel
 from onelayer.prepared import Corpus, is_prepared
@@ -52,20 +54,21 @@ def create(run: Path, config: RunConfig, command: str) -> Corpus:
         prepared = config.data is not None and is_prepared(Path(config.data))
         corpus = corpora.prepare(config.data, run / "tokens", None if prepared else config.model.vocabulary)
         corpora.require(corpus, config.model)
+        data = {
+            "path": config.data,
+            "name": corpus.name,
+            "train_bytes": corpus.train_bytes,
+            "validation_bytes": corpus.validation_bytes,
+            "fingerprint": corpus.fingerprint,
+            "tokenizer": corpus.tokenizer.fingerprint,
+        }
+        with written(run / "config.json", "make room on the disk, or name another folder"):
+            write_json(run / "config.json", to_dict(config) | {"command": command, "data": data})
     except BaseException:
         shutil.rmtree(run / "tokens", ignore_errors=True)
         with suppress(OSError):
             run.rmdir()
         raise
-    data = {
-        "path": config.data,
-        "name": corpus.name,
-        "train_bytes": corpus.train_bytes,
-        "validation_bytes": corpus.validation_bytes,
-        "fingerprint": corpus.fingerprint,
-        "tokenizer": corpus.tokenizer.fingerprint,
-    }
-    write_json(run / "config.json", to_dict(config) | {"command": command, "data": data})
     return corpus
 
 
@@ -79,6 +82,13 @@ def read_corpus(run: Path) -> Corpus:
     """
     config, _ = read_config(run)
     own = run / "tokens"
+    if not own.is_dir() and (config.data is None or not is_prepared(Path(config.data))):
+        if config.data is not None and not config.data.startswith(PREFIX) and not Path(config.data).exists():
+            raise UsageError(f"The tokens of {run} and the data {config.data} are gone: restore one of the two.")
+        of_text = [] if config.data is None else ["--data", config.data]
+        by = ["--tokenizer", str(run / "model" / "tokenizer.json"), "--out", str(own)]
+        command = shlex.join(["onelayer", "tokenize", *of_text, *by])
+        raise UsageError(f"The tokens of {run} are gone: make them anew by {command}.")
     return _of_the_same_tokens(run, corpora.open_tokens(own if config.data is None or own.is_dir() else config.data))
 
 
@@ -124,12 +134,14 @@ def locked(run: Path) -> Iterator[None]:
     ...     train()
 
     Raises:
-        UsageError: another process is training there.
+        UsageError: another process is training there, or nothing can be written there.
     """
     if fcntl is None:
         yield
         return
-    with (run / ".lock").open("w") as file:
+    with written(run / ".lock", "make room there, or make the folder one that you may write"):
+        file = (run / ".lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -170,6 +182,8 @@ def read_config(run: Path) -> tuple[RunConfig, str]:
     """
     try:
         values = json.loads((run / "config.json").read_text())
+        if "model_type" in values:
+            raise UsageError(f"this is the folder of a model, so name the run folder that it lies in, {run.parent}.")
         return from_dict(values), str(values["data"]["fingerprint"])
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
@@ -237,7 +251,8 @@ def write_card(run: Path, config: RunConfig, corpus: Corpus, step: int, measured
         parameters = LanguageModel(config.model).parameter_counts()
     tokens = step * config.training.batch_size * config.model.context
     text = card(config.model, parameters, corpus.name, tokens, measured)
-    write_bytes(run / "model" / "README.md", text.encode())
+    with written(run / "model" / "README.md", f"make room on the disk, then go on by --resume {run}"):
+        write_bytes(run / "model" / "README.md", text.encode())
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

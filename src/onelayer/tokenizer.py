@@ -24,9 +24,9 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers.trainers import BpeTrainer
 
 from onelayer.errors import UsageError
+from onelayer.models.configuration import BYTES
 from onelayer.pieces import segments
-
-BYTES = 256
+from onelayer.tokenizer_file import without_padding
 
 _IDS = npt.NDArray[np.integer[Any]]
 _BATCH = 64  # segments that the encoder is given at once, which it shares among threads
@@ -180,7 +180,7 @@ def from_json(text: str) -> Tokenizer:
     True
 
     Args:
-        text: of the file; a byte-level BPE without normalisation, as those of GPT-2 and Llama 3 are.
+        text: of the file; a byte-level BPE without normalisation, as those of GPT-2, Llama 3 and saved models are.
 
     Returns:
         The tokenizer.
@@ -189,7 +189,7 @@ def from_json(text: str) -> Tokenizer:
         UsageError: it is none, or one that loses some of a text or adds to it.
     """
     try:
-        document = json.loads(text)
+        document = json.loads(text := without_padding(text))
         strings = _strings(document)
         rules = {
             "merges": [merge.split(" ") if isinstance(merge, str) else merge for merge in document["model"]["merges"]],

@@ -15,7 +15,9 @@ import torch
 from tqdm import tqdm
 
 from onelayer import checkpoints, learner, runs
+from onelayer.errors import UsageError
 from onelayer.evaluation import evaluate, peak_memory_bytes
+from onelayer.files import written
 from onelayer.learner import Learner
 from onelayer.metrics import Metrics, check_tensorboard
 from onelayer.model_card import Measured
@@ -75,7 +77,9 @@ def train(
     model, _ = runs.load_model(run)
     tokens = training.steps * training.batch_size * config.model.context
     evaluation = evaluate(model, config, corpus, tokens, seconds, peak_memory_bytes(training.device))
-    runs.write_json(run / "evaluation.json", evaluation)
+    remedy = f"the model is trained and saved, so make room on the disk and repeat the evaluation by --resume {run}"
+    with written(run / "evaluation.json", remedy):
+        runs.write_json(run / "evaluation.json", evaluation)
     evaluations = evaluation["evaluations"]
     measured = Measured(
         evaluation["bits_per_byte"],
@@ -84,7 +88,8 @@ def train(
         evaluation["share_at_cap"],
     )
     runs.write_card(run, config, corpus, training.steps, measured)
-    write_report(run)
+    with written(run / "report.html", remedy):
+        write_report(run)
     return evaluation
 
 
@@ -113,7 +118,9 @@ def _fit(config: RunConfig, run: Path, resume: bool, corpus: Corpus, group: Proc
         shared = "" if group.parallel is None else f" on {group.count} processes ({group.parallel})"
         print(f"{corpus.describe()}\n{_describe(learning.model)}{shared}\nrun folder: {run}", flush=True)
 
-    metrics = Metrics(run, after_step=step, tensorboard=tensorboard) if group.first else None
+    made: list[Metrics] = []  # by the first process; where it cannot, all of them stop
+    group.first_alone(lambda: made.append(Metrics(run, after_step=step, tensorboard=tensorboard)))
+    metrics = made[0] if made else None
     windows = spread(corpus.validation, context, training.validation_windows)
     bar = tqdm(
         total=training.steps,
@@ -140,7 +147,15 @@ def _fit(config: RunConfig, run: Path, resume: bool, corpus: Corpus, group: Proc
                 if metrics is not None:
                     metrics.write({"kind": "validation", "step": step} | _numbers(found))
             # A signal may reach one process before another, and all have to stop at the same step.
-            interrupted = bool(group.gather(torch.tensor([signals.noted], device=group.device)).any())
+            unwritten = metrics is not None and metrics.problem is not None
+            stops = group.gather(torch.tensor([[signals.noted, unwritten]], device=group.device))
+            interrupted, unwritten = stops.any(dim=0).tolist()
+            if unwritten:
+                problem = group.share(None if metrics is None else metrics.problem)
+                raise UsageError(
+                    f"{run / 'metrics.jsonl'} cannot be written ({problem}): make room on the disk, then go on by "
+                    f"--resume {run}."
+                )
             if step % training.save_every == 0 or step == training.steps or interrupted:
                 _save(run, learning, corpus, step, seconds)
             if interrupted:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        options = _parser().parse_args(arguments)
+        options = parser().parse_args(arguments)
         options.command = shlex.join(["onelayer", *arguments])
         code = options.act(options)
         sys.stdout.flush()
@@ -54,9 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="onelayer", description="Language models whose whole depth is the equilibrium of one layer.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command line, which raises `UsageError` for what it does not understand.
+
+    >>> parser().parse_args(["evaluate", "runs/first", "--max-steps", "4", "8"]).max_steps
+    [4, 8]
+    """
+    whole = _Parser(prog="onelayer", description="Language models whose whole depth is the equilibrium of one layer.")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
     for command in (tokenize, train, generate, evaluate, prove):
         command.add(commands)
-    return parser
+    return whole

@@ -11,6 +11,7 @@ from pathlib import Path
 from onelayer import corpora, runs
 from onelayer.cli.data import DATA
 from onelayer.errors import UsageError
+from onelayer.files import check_target, written
 from onelayer.presets import RunConfig
 from onelayer.quality import Quality, Windows, doubling, score, spread, strided
 from onelayer.report.tables import cap_note, lines, table
@@ -55,6 +56,8 @@ def _run(options: argparse.Namespace) -> None:
             raise UsageError(f"--max-steps must be at least 1, not {steps}.")
     if options.tokens is not None and options.stride is None:
         raise UsageError("--tokens needs --stride, which scores tokens in their order: give both.")
+    if options.json is not None:
+        check_target(Path(options.json))
     model, config = runs.load_model(Path(options.run))
     allowed = tuple(options.max_steps)
     if options.plot is not None:
@@ -79,7 +82,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.json is not None:
         rows = [asdict(quality) for quality in found]
         values = {"run": str(options.run), "data": corpus.name, "context": config.model.context}
-        runs.write_json(Path(options.json), values | {"stride": options.stride, "rows": rows})
+        with written(Path(options.json), "make room on the disk"):
+            runs.write_json(Path(options.json), values | {"stride": options.stride, "rows": rows})
     if options.plot is not None:
         plot_compute(found, Path(options.plot))
 

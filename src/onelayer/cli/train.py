@@ -45,8 +45,8 @@ SETTINGS: tuple[tuple[str, type, str], ...] = (
     ("dropout", float, "share of entries zeroed, the same for a window and a solve; 0 by default"),
     ("jacobian_weight", float, "weight of the Jacobian's size in the loss; 0 by default"),
     ("jacobian_share", float, "share of the updates that it is applied in"),
-    ("batch_size", int, "windows of text in an update"),
-    ("accumulate", int, "parts that each process takes its share of an update in"),
+    ("batch_size", int, "windows of text in an update, those of all processes together"),
+    ("accumulate", int, "parts in which each process takes its share, to hold less at once; 1 by default"),
     ("learning_rate", float, "peak of the learning rate"),
     ("warmup_steps", int, "updates over which it rises"),
     ("gradient_clip", float, "largest norm of the gradient"),
@@ -73,8 +73,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         command.add_argument(spelled, dest=name, help=f"{description}: one of {', '.join(get_args(kind))}")
     for name, description in SWITCHES.items():
         command.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=None, help=description)
-    command.add_argument("--cutoffs", type=int, nargs="+", metavar="N", help="where clusters of the softmax begin")
-    command.add_argument("--parallel", help=f"one of {', '.join(get_args(Parallel))}: share each batch under torchrun")
+    command.add_argument(
+        "--cutoffs", type=int, nargs="+", metavar="N", help="tokens at which the clusters of an adaptive softmax begin"
+    )
+    command.add_argument(
+        "--parallel", help=f"under torchrun, how processes share a batch: one of {', '.join(get_args(Parallel))}"
+    )
     command.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     for name, kind, description in SETTINGS:
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=description)

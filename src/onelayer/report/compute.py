@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from onelayer.errors import UsageError
+from onelayer.files import check_target, written
 from onelayer.quality import Quality
 from onelayer.report.drawing import NARROW, canvas
 from onelayer.report.record import CAP_LIMIT
@@ -23,13 +24,12 @@ def check_plot(path: Path) -> None:
     >>> check_plot(Path("quality.png"))
 
     Raises:
-        UsageError: the ending names no format, or there is no such folder.
+        UsageError: the ending names no format, there is no such folder, or nobody may write in it.
     """
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
         raise UsageError(f"{path} has no ending that names a format for plots: take .png, .svg or .pdf.")
-    if not path.resolve().parent.is_dir():
-        raise UsageError(f"There is no folder {path.parent} to write {path.name} in: make it first.")
+    check_target(path)
 
 
 def plot_compute(found: Sequence[Quality], path: Path) -> None:
@@ -65,4 +65,5 @@ def plot_compute(found: Sequence[Quality], path: Path) -> None:
     axes.tick_params(colors=_GREY)
     axes.grid(axis="y", color=_PALE, linewidth=0.8)
     axes.legend(frameon=False, fontsize=8.5)
-    figure.savefig(path, dpi=200)
+    with written(path, "make room on the disk"):
+        figure.savefig(path, dpi=200)
