@@ -15,7 +15,8 @@ import time
 import torch
 from torch import Tensor
 
-from onelayer import batches, corpora
+from onelayer import corpora
+from onelayer.corpora import batches
 from onelayer.evaluation import measure
 from onelayer.models.language_model import LanguageModel
 from onelayer.models.transformer import Context, TransformerBlock

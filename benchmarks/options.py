@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onelayer import batches, corpora
-from onelayer.corpora import Corpus
+from onelayer import corpora
+from onelayer.corpora import Corpus, batches
 from onelayer.models.language_model import LanguageModel, bits
 from onelayer.presets import RunConfig, changed, preset
 from onelayer.training import learning_rate_at, make_optimizer

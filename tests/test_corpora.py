@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onelayer import corpora, prepared, splits, texts, token_files, tokenizer
+from onelayer import corpora
+from onelayer.corpora import prepared, preparing, splits, texts, token_files, tokenizer
+from onelayer.corpora.token_files import Tokens
 from onelayer.errors import UsageError
 from onelayer.models.configuration import ModelConfig
-from onelayer.token_files import Tokens
 
 
 @pytest.fixture
@@ -324,15 +325,15 @@ def test_preparation_gives_the_same_files_whatever_the_pieces(
 def test_byte_pairs_are_learned_from_a_sample_of_all_of_a_long_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "text.txt").write_text("early words\n" * 500 + "late letters\n" * 500)
     monkeypatch.setattr(texts, "PIECE", 100)
-    monkeypatch.setattr(corpora, "_SAMPLE", 2000)
+    monkeypatch.setattr(preparing, "_SAMPLE", 2000)
     read: list[bytes] = []
-    learn = corpora.learn
+    learn = preparing.learn
 
     def note(pieces: Iterator[bytes], vocabulary: int) -> tokenizer.Tokenizer:
         read.extend(pieces)
         return learn(read, vocabulary)
 
-    monkeypatch.setattr(corpora, "learn", note)
+    monkeypatch.setattr(preparing, "learn", note)
     corpora.prepare(tmp_path / "text.txt", tmp_path / "tokens", vocabulary=260)
     sample = b"".join(read)
     assert 1000 < len(sample) <= 2000
@@ -392,7 +393,7 @@ def test_preparation_that_was_killed_is_noticed_and_begun_anew(
 ):
     out = tmp_path / "tokens"
     monkeypatch.setattr(prepared, "finish", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
-    monkeypatch.setattr(corpora, "finish", prepared.finish)
+    monkeypatch.setattr(preparing, "finish", prepared.finish)
     child = os.fork()
     if child == 0:
         corpora.prepare(book, out)
@@ -409,7 +410,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path):
     program = """
 import resource, sys
 from pathlib import Path
-from onelayer import batches, corpora
+from onelayer import corpora
+from onelayer.corpora import batches
 folder = Path(sys.argv[1])
 with (folder / "text.txt").open("wb") as file:
     for i in range(int(sys.argv[2])):

@@ -28,10 +28,10 @@ from transformers import (
 
 import equilibria as eq
 from onelayer import pretrained
+from onelayer.corpora.tokenizer_file import byte_tokenizer_json
 from onelayer.errors import UsageError
 from onelayer.hf import DEQConfig, DEQForCausalLM
 from onelayer.models.configuration import ModelConfig
-from onelayer.tokenizer_file import byte_tokenizer_json
 
 SIZES: dict[str, Any] = {"width": 32, "heads": 2, "context": 64}
 EXACT: dict[str, Any] = SIZES | {"rtol": 1e-9, "eval_max_steps": 100}

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from onelayer import ngrams, token_files, tokenizer
+from onelayer.corpora import ngrams, token_files, tokenizer
+from onelayer.corpora.prepared import Corpus
+from onelayer.corpora.token_files import Tokens
 from onelayer.errors import UsageError
-from onelayer.prepared import Corpus
-from onelayer.token_files import Tokens
 
 # Few letters make contexts recur, all letters make some unseen: both cases of the formula come up.
 text = st.one_of(st.binary(min_size=1, max_size=80), st.text("ab\n", min_size=1, max_size=80).map(str.encode))

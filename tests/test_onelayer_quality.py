@@ -12,12 +12,12 @@ from torch import Tensor
 
 from onelayer import runs
 from onelayer.cli import main
+from onelayer.corpora.token_files import Tokens
 from onelayer.errors import UsageError
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import LanguageModel
 from onelayer.presets import RunConfig, TrainingConfig
 from onelayer.quality import Windows, score, spread, strided
-from onelayer.token_files import Tokens
 
 CONTEXT = 8
 CONFIG = RunConfig(

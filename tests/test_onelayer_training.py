@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from onelayer import checkpoints, learner, pretrained, runs
 from onelayer.cli import main
+from onelayer.corpora.prepared import Corpus
 from onelayer.learner import Learner, learning_rate_at
 from onelayer.metrics import read_metrics
 from onelayer.parallel import Processes
-from onelayer.prepared import Corpus
 from onelayer.presets import TrainingConfig
 
 STEPS, SAVE_EVERY = 50, 7

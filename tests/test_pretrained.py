@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from onelayer import pretrained
+from onelayer.corpora.tokenizer_file import byte_tokenizer_json, special_ids, with_padding, without_padding
 from onelayer.errors import UsageError
 from onelayer.model_card import Measured, card
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import LanguageModel
-from onelayer.tokenizer_file import byte_tokenizer_json, special_ids, with_padding, without_padding
 
 CONFIG = ModelConfig(width=16, heads=2, context=32)
 KINDS: dict[str, dict[str, Any]] = {

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onelayer import corpora, token_files, tokenizer
+from onelayer import corpora
+from onelayer.corpora import token_files, tokenizer
+from onelayer.corpora.token_files import Tokens
 from onelayer.errors import UsageError
-from onelayer.token_files import Tokens
 
 
 def stored(folder: Path) -> dict[str, bytes]:

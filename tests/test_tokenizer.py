@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from onelayer import pieces, tokenizer
+from onelayer.corpora import pieces, tokenizer
 from onelayer.errors import UsageError
 
 SOURCE = Path(tokenizer.__file__).read_bytes()

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onelayer import batches, token_files
+from onelayer.corpora import batches, token_files
+from onelayer.corpora.token_files import Tokens
 from onelayer.errors import UsageError
-from onelayer.token_files import Tokens
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import equilibria as eq
 from onelayer import checkpoints, learner
+from onelayer.corpora.prepared import open_tokens
 from onelayer.errors import UsageError
 from onelayer.parallel import Processes, processes
-from onelayer.prepared import open_tokens
 from onelayer.presets import RunConfig, preset
 
 STEPS, SAVED_AT = 20, 10

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from onelayer.corpora.ngrams import baselines
+from onelayer.corpora.prepared import Corpus
 from onelayer.generation import decode, generate
 from onelayer.models.language_model import LanguageModel
-from onelayer.ngrams import baselines
-from onelayer.prepared import Corpus
 from onelayer.presets import RunConfig
 from onelayer.quality import Quality, Windows, score, spread
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onelayer import batches, checkpoints
+from onelayer import checkpoints
+from onelayer.corpora import batches
+from onelayer.corpora.prepared import Corpus
 from onelayer.errors import UsageError
 from onelayer.models.language_model import LanguageModel, Output
 from onelayer.models.window import Memory
 from onelayer.parallel import Processes, whole
-from onelayer.prepared import Corpus
 from onelayer.presets import RunConfig, TrainingConfig
 
 

@@ -24,11 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from onelayer.corpora.tokenizer_file import check_size, special_ids, tokenizer_config, with_padding, without_padding
 from onelayer.errors import UsageError
 from onelayer.files import write_bytes
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import LanguageModel
-from onelayer.tokenizer_file import check_size, special_ids, tokenizer_config, with_padding, without_padding
 
 MODEL_TYPE = "deq"
 ARCHITECTURE = "DEQForCausalLM"
@@ -53,7 +53,7 @@ def write(
         folder: made where it is missing.
         config: of the model.
         weights: as `LanguageModel.state_dict()` names them, on any device.
-        tokenizer_json: the content of a `tokenizer.json`, see `onelayer.tokenizer_file`; byte 0 becomes its
+        tokenizer_json: the content of a `tokenizer.json`, see `onelayer.corpora.tokenizer_file`; byte 0 becomes its
             padding token where it has none; `None` leaves it out.
         card: the model card in Markdown, see `onelayer.model_card`; `None` leaves it out.
 

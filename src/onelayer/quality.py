@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from onelayer import batches
+from onelayer.corpora import batches
+from onelayer.corpora.token_files import Tokens
 from onelayer.errors import UsageError
 from onelayer.models.language_model import LanguageModel
 from onelayer.presets import RunConfig
-from onelayer.token_files import Tokens
 
 _QUIET = 3.0  # seconds of work before a progress bar appears
 

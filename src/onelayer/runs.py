@@ -23,15 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onelayer import corpora, pretrained, tokenizer
+from onelayer import corpora, pretrained
+from onelayer.corpora import tokenizer
+from onelayer.corpora.hub_data import PREFIX
+from onelayer.corpora.prepared import Corpus, is_prepared
+from onelayer.corpora.tokenizer import Tokenizer
 from onelayer.errors import UsageError
 from onelayer.files import write_bytes, written
-from onelayer.hub_data import PREFIX
 from onelayer.model_card import Measured, card
 from onelayer.models.language_model import LanguageModel
-from onelayer.prepared import Corpus, is_prepared
 from onelayer.presets import RunConfig, from_dict, to_dict
-from onelayer.tokenizer import Tokenizer
 
 try:
     import fcntl

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from onelayer import checkpoints, learner, runs
+from onelayer.corpora.prepared import Corpus
 from onelayer.errors import UsageError
 from onelayer.evaluation import evaluate, peak_memory_bytes
 from onelayer.files import written
@@ -23,7 +24,6 @@ from onelayer.metrics import Metrics, check_tensorboard
 from onelayer.model_card import Measured
 from onelayer.models.language_model import LanguageModel
 from onelayer.parallel import Processes, processes
-from onelayer.prepared import Corpus
 from onelayer.presets import RunConfig
 from onelayer.quality import Quality, score, spread
 from onelayer.report import write_report

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from onelayer import corpora, runs
 from onelayer.cli.data import DATA
+from onelayer.corpora.token_files import Tokens
 from onelayer.errors import UsageError
 from onelayer.files import check_target, written
 from onelayer.presets import RunConfig
 from onelayer.quality import Quality, Windows, doubling, score, spread, strided
 from onelayer.report.tables import cap_note, lines, table
-from onelayer.token_files import Tokens
 
 try:
     from onelayer.report.compute import check_plot, plot_compute

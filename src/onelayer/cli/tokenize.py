@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from onelayer import corpora, tokenizer
+from onelayer import corpora
 from onelayer.cli.data import DATA
+from onelayer.corpora import tokenizer
 from onelayer.errors import UsageError
 
 

@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 from onelayer import corpora, runs
 from onelayer.cli.data import DATA
+from onelayer.corpora.prepared import is_prepared, open_tokens
 from onelayer.errors import UsageError
 from onelayer.models.configuration import Architecture, Depth, Form, Positions
 from onelayer.parallel import Parallel
-from onelayer.prepared import is_prepared, open_tokens
 from onelayer.presets import PRESETS, Device, Precision, changed, preset
 from onelayer.report.record import CAP_LIMIT
 from onelayer.training import train

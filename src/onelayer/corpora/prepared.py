@@ -1,7 +1,7 @@
 """The folder that holds a text as tokens: what is in it, and how it is known to be whole.
 
 train.bin, validation.bin   the tokens, as unsigned integers of the smallest size that holds them
-tokenizer.json              what turned text into these tokens, see `onelayer.tokenizer`
+tokenizer.json              what turned text into these tokens, see `onelayer.corpora.tokenizer`
 tokens.json                 what the files hold, with checksums; written last, so without it they are not whole
 tokens.partial              there while the folder is being written, and where that was cut short
 """
@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from onelayer import token_files, tokenizer
+from onelayer.corpora import token_files, tokenizer
+from onelayer.corpora.token_files import Tokens
+from onelayer.corpora.tokenizer import Tokenizer
 from onelayer.errors import UsageError
 from onelayer.files import write_bytes
-from onelayer.token_files import Tokens
-from onelayer.tokenizer import Tokenizer
 
 FACTS, UNFINISHED, TOKENIZER = "tokens.json", "tokens.partial", "tokenizer.json"
 PARTS = ("train", "validation")

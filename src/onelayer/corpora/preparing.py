@@ -1,9 +1,10 @@
-"""Corpora: text turned into tokens on disk, split into train and validation, and the windows that a model is given.
+"""Turning a text into tokens on disk, split into train and validation.
 
 A text is prepared once, as a stream, so that none is too long: it is split, turned into tokens and written to a folder
-(see `onelayer.prepared`), of which training maps the few pages that it needs. A token is a byte unless a vocabulary or
-a tokenizer is asked for, and bits per byte compare across them, since each token stands for a known number of bytes.
-The default text is the source of Python's own standard library, which every machine that runs this already has.
+(see `onelayer.corpora.prepared`), of which training maps the few pages that it needs. A token is a byte unless a
+vocabulary or a tokenizer is asked for, and bits per byte compare across them, since each token stands for a known
+number of bytes. The default text is the source of Python's own standard library, which every machine that runs this
+already has.
 """
 
 from __future__ import annotations
@@ -16,15 +17,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from onelayer import hub_data, texts, token_files
+from onelayer.corpora import hub_data, texts, token_files
+from onelayer.corpora.prepared import TOKENIZER, UNFINISHED, Corpus, finish, is_prepared, open_tokens
+from onelayer.corpora.splits import Part, split, whole
+from onelayer.corpora.tokenizer import BYTES, Tokenizer
+from onelayer.corpora.tokenizer import train as learn
 from onelayer.errors import UsageError
 from onelayer.models.configuration import ModelConfig
-from onelayer.prepared import TOKENIZER, UNFINISHED, finish, is_prepared
-from onelayer.prepared import Corpus as Corpus
-from onelayer.prepared import open_tokens as open_tokens
-from onelayer.splits import Part, split, whole
-from onelayer.tokenizer import BYTES, Tokenizer
-from onelayer.tokenizer import train as learn
 
 # What preparation may have left in a folder when it was cut short, and overwrites.
 _LEFT = {UNFINISHED, TOKENIZER, "train.bin", "validation.bin", *hub_data.FILES}

@@ -22,11 +22,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from onelayer.corpora.prepared import Corpus
+from onelayer.corpora.token_files import Tokens
+from onelayer.corpora.tokenizer import BYTES as VOCABULARY
+from onelayer.corpora.tokenizer import Tokenizer
 from onelayer.errors import UsageError
-from onelayer.prepared import Corpus
-from onelayer.token_files import Tokens
-from onelayer.tokenizer import BYTES as VOCABULARY
-from onelayer.tokenizer import Tokenizer
 
 ORDERS = (0, 1, 2)
 

@@ -23,10 +23,10 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as Encoder
 from tokenizers.trainers import BpeTrainer
 
+from onelayer.corpora.pieces import segments
+from onelayer.corpora.tokenizer_file import without_padding
 from onelayer.errors import UsageError
 from onelayer.models.configuration import BYTES
-from onelayer.pieces import segments
-from onelayer.tokenizer_file import without_padding
 
 _IDS = npt.NDArray[np.integer[Any]]
 _BATCH = 64  # segments that the encoder is given at once, which it shares among threads

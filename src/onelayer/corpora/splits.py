@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onelayer.texts import Document, pieces
+from onelayer.corpora.texts import Document, pieces
 
 # Whole entries are held out until validation has the first share of the text, and none that takes it past the second.
 _ENOUGH, _TOO_MUCH = 0.06, 0.10

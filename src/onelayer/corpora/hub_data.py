@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from onelayer.corpora.texts import Document
 from onelayer.errors import UsageError
-from onelayer.texts import Document
 
 PREFIX = "hf:"
 FILES = ("train.text", "validation.text")

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from onelayer.corpora.token_files import Tokens
 from onelayer.errors import UsageError
-from onelayer.token_files import Tokens
 
 
 def batch(
