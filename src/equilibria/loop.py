@@ -72,32 +72,37 @@ def run(
     """
     active = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
     status = torch.full_like(active, Status.MAX_STEPS, dtype=torch.int64)
-    steps = since = torch.zeros_like(status)
+    steps = since = zeros = torch.zeros_like(status)
     settled, best = z, z
     best_error = reference = final_error = torch.empty(0)
-    first, all_active = True, len(z) > 0
+    first, some_active, all_active = True, len(z) > 0, len(z) > 0
     while True:
         evaluation = problem.evaluate(z)
+        apart = not all_active
         with torch.no_grad():
             error = evaluation.error
-            # size is finite exactly where f(z) is: an error of 1/0 at f(z) = 0 is a number to improve on.
-            finite = torch.isfinite(evaluation.size)
             if first:
-                best_error = reference = final_error = error
-                fell = improved = finite
+                best_error = final_error = error
+                reference = torch.full_like(error, torch.inf)
+            fell = error < STALL_FACTOR * reference
+            usual = fell > evaluation.satisfied
+            # One look at the device where every error fell and none is small enough yet; all else needs a second one.
+            if bool((usual | ~active if apart else usual).all()):
+                best_error, reference, since = error, error, zeros
+                improved, any_ended = None, False
             else:
+                # size is finite exactly where f(z) is: an error of 1/0 at f(z) = 0 is a number to improve on.
+                finite = evaluation.size < torch.inf
                 improved = active & (error < best_error)
-                fell = error < STALL_FACTOR * reference
                 best_error = torch.where(improved, error, best_error)
-            since = torch.where(fell, 0, since + 1)
-            reference = torch.where(fell, error, reference)
-            converged = active & evaluation.satisfied
-            stalled = (since >= STALL_WINDOW) & (best_error <= problem.floor)
-            failed = active & ~converged & (stalled | ~finite)
-            ended = converged | failed
-            # One look at the device a step; what only changes when a sample ends is touched only then.
-            any_ended, all_improved = torch.stack((ended.any(), improved.all())).tolist()
-        best = z if all_improved else torch.where(improved[:, None], z, best)
+                since = torch.where(fell, 0, since + 1)
+                reference = torch.where(fell, error, reference)
+                converged = active & evaluation.satisfied
+                stalled = (since >= STALL_WINDOW) & (best_error <= problem.floor)
+                failed = active & ~converged & (stalled | ~finite)
+                ended = converged | failed
+                any_ended, some_active = torch.stack((ended.any(), (active & ~ended).any())).tolist()
+        best = z if improved is None else torch.where(improved[:, None], z, best)
         if any_ended:
             failure = torch.where(finite, Status.STALLED, Status.NONFINITE)
             status = torch.where(converged, Status.CONVERGED, torch.where(failed, failure, status))
@@ -109,7 +114,7 @@ def run(
             all_active = False
         if callback is not None:
             callback(z, error, status, active)
-        running = agree(all_active or bool(active.any()))
+        running = agree(some_active)
         if problem.evaluations >= max_steps or not running:
             break
         evaluation = evaluation._replace(best=best, best_error=best_error, agree=agree)
@@ -119,11 +124,13 @@ def run(
         first = False
         if problem.evaluations >= max_steps:
             break  # the step itself took the last evaluation, as Newton's do
-    steps = torch.where(active, problem.evaluations, steps)
-    final_error = torch.where(active, best_error, final_error)
-    # A sample that stopped met its tolerance; if it no longer does, it is others that have moved it.
-    coupled = (status == Status.CONVERGED) & ~evaluation.satisfied & (error > 2 * final_error)
-    status = torch.where(coupled, Status.COUPLED, status)
-    final_error = torch.where(coupled, error, final_error)
-    z = torch.where(active[:, None], best, settled)
-    return Outcome(z, status, steps, final_error, problem.evaluations, memory)
+    if some_active:
+        steps = torch.where(active, problem.evaluations, steps)
+        final_error = torch.where(active, best_error, final_error)
+        settled = torch.where(active[:, None], best, settled)
+    if apart:
+        # A sample that stopped met its tolerance; if it no longer does, it is others that have moved it.
+        coupled = (status == Status.CONVERGED) & ~evaluation.satisfied & (error > 2 * final_error)
+        status = torch.where(coupled, Status.COUPLED, status)
+        final_error = torch.where(coupled, error, final_error)
+    return Outcome(settled, status, steps, final_error, problem.evaluations, memory)

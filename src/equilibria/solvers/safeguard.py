@@ -38,7 +38,7 @@ class Safeguard(NamedTuple):
         size = evaluation.size
         lower = size < 0.9 * self.lowest
         if self.idle and bool(lower.all()):
-            return self._replace(lowest=size, since=torch.zeros_like(self.since)), None, None
+            return self._replace(lowest=size, since=self.plain), None, None  # zeros, as nothing is plain
         plainly = self.plain > 0
         blown = ~(size <= BLOW_UP * self.lowest)
         since = torch.where(lower, 0, self.since + 1)
