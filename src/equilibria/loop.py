@@ -73,6 +73,7 @@ def run(
     active = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
     status = torch.full_like(active, Status.MAX_STEPS, dtype=torch.int64)
     steps = since = zeros = torch.zeros_like(status)
+    improved, converged, failed, ended, finite = None, active, active, active, active
     settled, best = z, z
     best_error = reference = final_error = torch.empty(0)
     first, some_active, all_active = True, len(z) > 0, len(z) > 0

@@ -67,23 +67,26 @@ class Anderson:
         residual, image = evaluation.residual, relaxed(evaluation, self.relaxation)
         guard, plain, restart = memory.guard.update(evaluation, patience=2 * self.history)
         depth = min(self.history, residual.shape[1])  # more differences than dimensions are always dependent
-        if memory.residual is None or memory.image is None or not depth:
-            fresh = residual[:, None]
-        else:
-            slot = memory.seen % depth
-            residuals = write(memory.residuals, slot, residual - memory.residual, depth)
-            images = write(memory.images, slot, image - memory.image, depth)
-            fresh = torch.stack([residuals[:, slot], residual], dim=1)
-            memory = memory._replace(residuals=residuals, images=images, seen=memory.seen + 1)
-        memory = memory._replace(residual=residual, image=image, guard=guard)
-        if memory.residuals is None or memory.images is None:
-            return image, memory
-        products, newest = torch.bmm(fresh, memory.residuals.mT), (memory.seen - 1) % depth
-        if fresh.shape[1] == 2:
-            correlations, scale = _correlate(memory, products[:, 0], newest, depth)
-            memory = memory._replace(correlations=correlations, scale=scale)
-        gamma = _least_squares(memory, products[:, -1], newest)
-        accelerated = image - torch.bmm(gamma[:, None], memory.images)[:, 0]
+        residuals, images, correlations, scale, seen = memory[2:7]
+        fresh = None
+        if memory.residual is not None and memory.image is not None and depth:
+            slot = seen % depth
+            residuals = write(residuals, slot, residual - memory.residual, depth)
+            images = write(images, slot, image - memory.image, depth)
+            fresh = residuals[:, slot]
+            seen += 1
+        if residuals is None or images is None:
+            return image, Memory(residual, image, None, None, None, None, seen, guard)
+        newest = (seen - 1) % depth
+        rows = residual[:, None] if fresh is None else torch.stack([fresh, residual], dim=1)
+        products = torch.bmm(rows, residuals.mT)
+        if fresh is not None:
+            correlations, scale = _correlate(correlations, scale, products[:, 0], newest, depth)
+        assert correlations is not None
+        assert scale is not None
+        memory = Memory(residual, image, residuals, images, correlations, scale, seen, guard)
+        gamma = _least_squares(correlations, scale, products[:, -1], newest)
+        accelerated = image - torch.bmm(gamma[:, None], images)[:, 0]
         if plain is None or restart is None:
             return accelerated, memory
         proposal = torch.where(plain[:, None], image, accelerated)
@@ -94,9 +97,10 @@ def _ridge(dtype: torch.dtype) -> float:
     return 1e-13 if dtype == torch.float64 else 1e-7
 
 
-def _correlate(memory: Memory, row: Tensor, newest: int, depth: int) -> tuple[Tensor, Tensor]:
+def _correlate(
+    correlations: Tensor | None, scale: Tensor | None, row: Tensor, newest: int, depth: int
+) -> tuple[Tensor, Tensor]:
     """Enter the products of the newest difference with all of them."""
-    correlations, scale = memory.correlations, memory.scale
     unit = 1 + _ridge(row.dtype)
     if correlations is None or scale is None:
         correlations = torch.diag_embed(row.new_full((row.shape[0], depth), unit))
@@ -115,12 +119,10 @@ def _correlate(memory: Memory, row: Tensor, newest: int, depth: int) -> tuple[Te
     return correlations, scale
 
 
-def _least_squares(memory: Memory, target: Tensor, newest: int) -> Tensor:
+def _least_squares(correlations: Tensor, scale: Tensor, target: Tensor, newest: int) -> Tensor:
     """Solve the normal equations sample by sample, dropping columns that depend on newer ones."""
-    assert memory.correlations is not None
-    assert memory.scale is not None
     count = target.shape[1]
-    correlations, scale = memory.correlations[:, :count, :count], memory.scale[:, :count]
+    correlations, scale = correlations[:, :count, :count], scale[:, :count]
     target = (target * scale).nan_to_num(0, 0, 0)
     lower, info = torch.linalg.cholesky_ex(correlations)
     sound = _pivots(lower) > info[:, None]
