@@ -76,10 +76,11 @@ def run(
     improved, converged, failed, ended, finite = None, active, active, active, active
     settled, best = z, z
     best_error = reference = final_error = torch.empty(0)
-    first, some_active, all_active = True, len(z) > 0, len(z) > 0
+    first, some_active = True, len(z) > 0
+    stopped: Tensor | None = None
     while True:
         evaluation = problem.evaluate(z)
-        apart = not all_active
+        apart = stopped is not None
         with torch.no_grad():
             error = evaluation.error
             if first:
@@ -88,7 +89,7 @@ def run(
             fell = error < STALL_FACTOR * reference
             usual = fell > evaluation.satisfied
             # One look at the device where every error fell and none is small enough yet; all else needs a second one.
-            if bool((usual | ~active if apart else usual).all()):
+            if bool((usual if stopped is None else usual | stopped).all()):
                 best_error, reference, since = error, error, zeros
                 improved, any_ended = None, False
             else:
@@ -112,26 +113,27 @@ def run(
             # Failed samples go back to their best iterate, so that f is never evaluated at NaN again.
             settled = torch.where(active[:, None], torch.where(failed[:, None], best, z), settled)
             active = active & ~ended
-            all_active = False
+            stopped = ~active
         if callback is not None:
             callback(z, error, status, active)
         running = agree(some_active)
         if problem.evaluations >= max_steps or not running:
             break
-        evaluation = evaluation._replace(best=best, best_error=best_error, agree=agree)
+        evaluation = evaluation._replace(best=best, best_error=best_error, stopped=stopped, agree=agree)
         with precise(z):
             proposal, memory = solver.step(problem, evaluation, memory)
-        z = problem.round(proposal if all_active else torch.where(active[:, None], proposal, settled))
+        z = problem.round(proposal if stopped is None else torch.where(stopped[:, None], settled, proposal))
         first = False
         if problem.evaluations >= max_steps:
             break  # the step itself took the last evaluation, as Newton's do
     if some_active:
         steps = torch.where(active, problem.evaluations, steps)
         final_error = torch.where(active, best_error, final_error)
-        settled = torch.where(active[:, None], best, settled)
     if apart:
         # A sample that stopped met its tolerance; if it no longer does, it is others that have moved it.
         coupled = (status == Status.CONVERGED) & ~evaluation.satisfied & (error > 2 * final_error)
         status = torch.where(coupled, Status.COUPLED, status)
         final_error = torch.where(coupled, error, final_error)
-    return Outcome(settled, status, steps, final_error, problem.evaluations, memory)
+    # Also where all have stopped: ranks that went on together have all their evaluations in their graphs.
+    z = torch.where(active[:, None], best, settled)
+    return Outcome(z, status, steps, final_error, problem.evaluations, memory)
