@@ -76,7 +76,7 @@ def run(
     improved, converged, failed, ended, finite = None, active, active, active, active
     settled, best = z, z
     best_error = reference = final_error = torch.empty(0)
-    first, some_active = True, len(z) > 0
+    first, quick, some_active = True, True, len(z) > 0
     stopped: Tensor | None = None
     while True:
         evaluation = problem.evaluate(z)
@@ -88,8 +88,11 @@ def run(
                 reference = torch.full_like(error, torch.inf)
             fell = error < STALL_FACTOR * reference
             usual = fell > evaluation.satisfied
-            # One look at the device where every error fell and none is small enough yet; all else needs a second one.
-            if bool((usual if stopped is None else usual | stopped).all()):
+            if stopped is not None:
+                usual = usual | stopped
+            # Where every error fell and none is small enough yet there is no more to do. To ask costs a look at the
+            # device, so it is asked after steps of this kind alone.
+            if quick and bool(usual.all()):
                 best_error, reference, since = error, error, zeros
                 improved, any_ended = None, False
             else:
@@ -103,7 +106,8 @@ def run(
                 stalled = (since >= STALL_WINDOW) & (best_error <= problem.floor)
                 failed = active & ~converged & (stalled | ~finite)
                 ended = converged | failed
-                any_ended, some_active = torch.stack((ended.any(), (active & ~ended).any())).tolist()
+                looks = torch.stack((ended.any(), (active & ~ended).any(), usual.all()))
+                any_ended, some_active, quick = looks.tolist()
         best = z if improved is None else torch.where(improved[:, None], z, best)
         if any_ended:
             failure = torch.where(finite, Status.STALLED, Status.NONFINITE)
