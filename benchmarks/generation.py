@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,12 +100,14 @@ def block_alone(model: LanguageModel, context: int) -> tuple[float, float]:
     for time_, stored in ((context, 0), (1, context - 1)):
         x = torch.randn(1, time_, config.width)
         z = torch.randn(1, time_, block.state_width)
-        past = None
+        prepared, past = block.prepare(x), None
         if stored:
             before = torch.randn(1, stored, config.width)
             state = torch.randn(1, stored, block.state_width)
-            past = block.remember(state, before, block.context(before, window(stored, x.device)))
-        fixed = block.context(x, window(time_, x.device, stored), past)
+            earlier = block.place(window(stored, x.device), x.dtype)
+            past = block.remember(state, before, block.context(before, earlier, prepared))
+        frame = block.place(window(time_, x.device, stored), x.dtype)
+        fixed = block.context(x, frame, prepared, past)
         seconds = []
         for _ in range(20):
             began = time.process_time()
@@ -144,7 +147,8 @@ def main() -> None:
         model, weights = LanguageModel(config.model).eval(), "random"
     layer = model.depth.layer
     assert layer is not None, "The model has no equilibrium."
-    text = corpora.load().validation[20_000:]
+    with tempfile.TemporaryDirectory() as folder:
+        text = corpora.prepare(None, Path(folder) / "tokens").validation.read(np.array([20_000]), 10_000)[0]
     load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else ""
     print(f"weights {weights}, width {model.config.width}, one thread{load}")
     print(

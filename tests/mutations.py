@@ -84,7 +84,7 @@ MUTATIONS = [
     Mutation(
         "Batch",
         "loop.py",
-        "z = problem.round(proposal if all_active else torch.where(active[:, None], proposal, settled))",
+        "z = problem.round(proposal if stopped is None else torch.where(stopped[:, None], settled, proposal))",
         "z = problem.round(proposal)",
         "tests/test_batch.py",
     ),
@@ -186,8 +186,8 @@ MUTATIONS = [
     Mutation(
         "Purity",
         "steady.py",
-        "        self._draws = 0\n        kept",
-        "        kept",
+        "        self._draws = 0\n        try",
+        "        try",
         "tests/test_purity.py -k dropout",
     ),
     Mutation(

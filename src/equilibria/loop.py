@@ -72,32 +72,43 @@ def run(
     """
     active = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)
     status = torch.full_like(active, Status.MAX_STEPS, dtype=torch.int64)
-    steps = since = torch.zeros_like(status)
+    steps = since = zeros = torch.zeros_like(status)
+    improved, converged, failed, ended, finite = None, active, active, active, active
     settled, best = z, z
     best_error = reference = final_error = torch.empty(0)
-    first, all_active = True, len(z) > 0
+    first, quick, some_active = True, True, len(z) > 0
+    stopped: Tensor | None = None
     while True:
         evaluation = problem.evaluate(z)
+        apart = stopped is not None
         with torch.no_grad():
             error = evaluation.error
-            # size is finite exactly where f(z) is: an error of 1/0 at f(z) = 0 is a number to improve on.
-            finite = torch.isfinite(evaluation.size)
             if first:
-                best_error = reference = final_error = error
-                fell = improved = finite
+                best_error = final_error = error
+                reference = torch.full_like(error, torch.inf)
+            fell = error < STALL_FACTOR * reference
+            usual = fell > evaluation.satisfied
+            if stopped is not None:
+                usual = usual | stopped
+            # Where every error fell and none is small enough yet there is no more to do. To ask costs a look at the
+            # device, so it is asked after steps of this kind alone.
+            if quick and bool(usual.all()):
+                best_error, reference, since = error, error, zeros
+                improved, any_ended = None, False
             else:
+                # size is finite exactly where f(z) is: an error of 1/0 at f(z) = 0 is a number to improve on.
+                finite = evaluation.size < torch.inf
                 improved = active & (error < best_error)
-                fell = error < STALL_FACTOR * reference
                 best_error = torch.where(improved, error, best_error)
-            since = torch.where(fell, 0, since + 1)
-            reference = torch.where(fell, error, reference)
-            converged = active & evaluation.satisfied
-            stalled = (since >= STALL_WINDOW) & (best_error <= problem.floor)
-            failed = active & ~converged & (stalled | ~finite)
-            ended = converged | failed
-            # One look at the device a step; what only changes when a sample ends is touched only then.
-            any_ended, all_improved = torch.stack((ended.any(), improved.all())).tolist()
-        best = z if all_improved else torch.where(improved[:, None], z, best)
+                since = torch.where(fell, 0, since + 1)
+                reference = torch.where(fell, error, reference)
+                converged = active & evaluation.satisfied
+                stalled = (since >= STALL_WINDOW) & (best_error <= problem.floor)
+                failed = active & ~converged & (stalled | ~finite)
+                ended = converged | failed
+                looks = torch.stack((ended.any(), (active & ~ended).any(), usual.all()))
+                any_ended, some_active, quick = looks.tolist()
+        best = z if improved is None else torch.where(improved[:, None], z, best)
         if any_ended:
             failure = torch.where(finite, Status.STALLED, Status.NONFINITE)
             status = torch.where(converged, Status.CONVERGED, torch.where(failed, failure, status))
@@ -106,24 +117,27 @@ def run(
             # Failed samples go back to their best iterate, so that f is never evaluated at NaN again.
             settled = torch.where(active[:, None], torch.where(failed[:, None], best, z), settled)
             active = active & ~ended
-            all_active = False
+            stopped = ~active
         if callback is not None:
             callback(z, error, status, active)
-        running = agree(all_active or bool(active.any()))
+        running = agree(some_active)
         if problem.evaluations >= max_steps or not running:
             break
-        evaluation = evaluation._replace(best=best, best_error=best_error, agree=agree)
+        evaluation = evaluation._replace(best=best, best_error=best_error, stopped=stopped, agree=agree)
         with precise(z):
             proposal, memory = solver.step(problem, evaluation, memory)
-        z = problem.round(proposal if all_active else torch.where(active[:, None], proposal, settled))
+        z = problem.round(proposal if stopped is None else torch.where(stopped[:, None], settled, proposal))
         first = False
         if problem.evaluations >= max_steps:
             break  # the step itself took the last evaluation, as Newton's do
-    steps = torch.where(active, problem.evaluations, steps)
-    final_error = torch.where(active, best_error, final_error)
-    # A sample that stopped met its tolerance; if it no longer does, it is others that have moved it.
-    coupled = (status == Status.CONVERGED) & ~evaluation.satisfied & (error > 2 * final_error)
-    status = torch.where(coupled, Status.COUPLED, status)
-    final_error = torch.where(coupled, error, final_error)
+    if some_active:
+        steps = torch.where(active, problem.evaluations, steps)
+        final_error = torch.where(active, best_error, final_error)
+    if apart:
+        # A sample that stopped met its tolerance; if it no longer does, it is others that have moved it.
+        coupled = (status == Status.CONVERGED) & ~evaluation.satisfied & (error > 2 * final_error)
+        status = torch.where(coupled, Status.COUPLED, status)
+        final_error = torch.where(coupled, error, final_error)
+    # Also where all have stopped: ranks that went on together have all their evaluations in their graphs.
     z = torch.where(active[:, None], best, settled)
     return Outcome(z, status, steps, final_error, problem.evaluations, memory)

@@ -27,7 +27,7 @@ def rms_norm(leaf: Tensor) -> Tensor:
         return flat.new_zeros(flat.shape[0])
     dtype = _accumulation(flat)
     # Squares underflow to zero long before entries do; the largest entry bounds the norm from below.
-    least = torch.linalg.vector_norm(flat, ord=torch.inf, dim=1).to(dtype)
+    least = flat.abs().amax(dim=1).to(dtype)
     return torch.maximum(torch.linalg.vector_norm(flat, dim=1, dtype=dtype), least) * flat.shape[1] ** -0.5
 
 

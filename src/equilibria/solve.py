@@ -100,12 +100,13 @@ def solve(
     else:
         if torch.is_grad_enabled():
             value, outcome = adjoint.attach(problem, lambda problem: search(problem, z, previous), failures, report)
+            memory = detached(outcome.memory)
         else:
             outcome = search(problem, z, previous)
-            value = outcome.z
+            value, memory = outcome.z, outcome.memory
         failures.tell("solve", outcome.status, outcome.error)
         status, steps, error, problem.evaluations = outcome.status, outcome.steps, outcome.error, outcome.evaluations
-        end = WarmStart(outcome.z.detach().clone(), layout, solver, detached(outcome.memory))
+        end = WarmStart(outcome.z.detach().clone(), layout, solver, memory)
     aux = problem.take_aux(end.z, failures.agree)
     status, steps, error = (t.reshape(layout.batch_shape) for t in (status, steps, error))
     leaves = layout.unpack(value)

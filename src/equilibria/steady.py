@@ -40,6 +40,12 @@ class _Steady:
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         token = _current.set(self)
         self._draws = 0
+        try:
+            return self._moving(*inputs, **keywords) if self._start else self.f(*inputs, **keywords)
+        finally:
+            _current.reset(token)
+
+    def _moving(self, *inputs: Any, **keywords: Any) -> Any:
         kept = _now(self._start)
         trial = _copied(self._start)
         _put(trial)
@@ -48,7 +54,6 @@ class _Steady:
         finally:
             self._end = [(part, name, new.detach()) for part, name, new in _now(trial)]
             _put(kept)
-            _current.reset(token)
             if self._first:
                 # What stays as it is, such as a mask, need not be copied again. Versions do not tell: BatchNorm's
                 # statistics move without one; nor does each value: a mean of zero stays zero at a start of zeros.

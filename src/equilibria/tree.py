@@ -104,6 +104,8 @@ class Layout:
                 raise ValueError(
                     f"{name} must return the shape of the state, {tuple(shape)}, but returned {tuple(leaf.shape)}."
                 )
+            if leaf.dtype == dtype:
+                continue
             if not leaf.is_floating_point() or torch.promote_types(leaf.dtype, dtype) != dtype:
                 raise TypeError(
                     f"{name} returned {leaf.dtype} for a state of {dtype}: its dtype may be lower than the state's, "

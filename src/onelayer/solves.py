@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 import equilibria as eq
 
 
@@ -92,12 +90,13 @@ evaluations, or take what was drawn as that of a network of fixed depth.'
         """Counts one call of the model, which read windows anew or else one more token of each."""
         steps, evaluations = float(layers), layers
         if solution is not None:
-            steps, evaluations = float(solution.steps.float().mean()), solution.evaluations
+            # A few numbers at once: what is worked out on tensors of one entry takes longer than what it tells of.
+            ends = list(zip(solution.status.tolist(), solution.residual.tolist(), strict=True))
+            steps, evaluations = sum(solution.steps.tolist()) / max(len(ends), 1), solution.evaluations
             self.solves += self.prompts
-            broken = solution.status == eq.Status.NONFINITE
-            self.residual = max(self.residual, float(torch.where(broken, 0, solution.residual).max()))
-            self.at_cap += int((~solution.converged & ~broken).sum())
-            self.not_finite += int(broken.sum())
+            self.residual = max([self.residual, *(size for end, size in ends if end != eq.Status.NONFINITE)])
+            self.at_cap += sum(end not in (eq.Status.CONVERGED, eq.Status.NONFINITE) for end, _ in ends)
+            self.not_finite += sum(end == eq.Status.NONFINITE for end, _ in ends)
         if reading:
             self.reading += evaluations
         else:

@@ -145,7 +145,8 @@ class DEQ(nn.Module):
         state: WarmStart | None,
         max_steps: int | None,
     ) -> Solution:
-        self._refuse_what_cannot_work()
+        parts = dict(self.cell.named_modules()) if isinstance(self.cell, nn.Module) else {}
+        _refuse_what_cannot_work(parts)
         if max_steps is None:
             max_steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
         # Options of a layer are often changed after it was made.
@@ -154,7 +155,7 @@ class DEQ(nn.Module):
         )
         z0 = self._start(inputs) if z0 is None else z0
         f, args = self._equation(inputs, keywords)
-        joint = self._couples()
+        joint = _couples(parts)
         layout = Layout.of(z0, 0 if joint else self.batch_dims)
         failures = Failures(self.on_failure, told=self._told)
         with steady(f, self.cell) as f:
@@ -166,12 +167,6 @@ class DEQ(nn.Module):
             solution = replace(solution, **told)
         record(self, solution)
         return solution
-
-    def _couples(self) -> bool:
-        """Whether the cell normalises over the batch, so that its samples have one equilibrium together."""
-        parts = self.cell.modules() if isinstance(self.cell, nn.Module) else ()
-        kind = nn.modules.batchnorm._BatchNorm
-        return any(isinstance(part, kind) and (part.training or part.running_mean is None) for part in parts)
 
     def _equation(
         self, inputs: tuple[Any, ...], keywords: dict[str, Any]
@@ -199,23 +194,6 @@ class DEQ(nn.Module):
     def _start(self, inputs: tuple[Any, ...]) -> Any:
         return start(self.cell, inputs)
 
-    def _refuse_what_cannot_work(self) -> None:
-        if not isinstance(self.cell, nn.Module):
-            return
-        fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it, which takes a while
-        if fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in self.cell.modules()):
-            raise ValueError(
-                "The cell of this DEQ is sharded, and gathers its parameters at every evaluation: ranks that stop at "
-                "different counts would wait for each other for ever. Shard the whole layer, fully_shard(layer), or "
-                "solve by eq.fixed_point with process_group."
-            )
-        for name, module in self.cell.named_modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-                raise ValueError(
-                    f"{type(module).__name__} '{name}' draws a new mask at every evaluation of the cell, so that there "
-                    "is no equilibrium: take eq.nn.VariationalDropout, move it out of the cell, or call eval() on it."
-                )
-
     def extra_repr(self) -> str:
         norm = getattr(self.norm, "__name__", repr(self.norm))
         readout = None if self.readout is None else getattr(self.readout, "__name__", repr(self.readout))
@@ -225,6 +203,28 @@ class DEQ(nn.Module):
             f"max_steps={self.max_steps}, eval_max_steps={self.eval_max_steps}, norm={norm}, "
             f"on_failure={self.on_failure!r}, batch_dims={self.batch_dims}, readout={readout}"
         )
+
+
+def _couples(parts: dict[str, nn.Module]) -> bool:
+    """Whether a cell of these parts normalises over the batch, so that its samples have one equilibrium together."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return any(isinstance(part, kind) and (part.training or part.running_mean is None) for part in parts.values())
+
+
+def _refuse_what_cannot_work(parts: dict[str, nn.Module]) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it, which takes a while
+    if fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in parts.values()):
+        raise ValueError(
+            "The cell of this DEQ is sharded, and gathers its parameters at every evaluation: ranks that stop at "
+            "different counts would wait for each other for ever. Shard the whole layer, fully_shard(layer), or "
+            "solve by eq.fixed_point with process_group."
+        )
+    for name, module in parts.items():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"{type(module).__name__} '{name}' draws a new mask at every evaluation of the cell, so that there "
+                "is no equilibrium: take eq.nn.VariationalDropout, move it out of the cell, or call eval() on it."
+            )
 
 
 def start(cell: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:

@@ -25,6 +25,7 @@ class Evaluation(NamedTuple):
         best: (batch, n), the iterate of the lowest error so far.
         best_error: (batch,), that error.
         values: (batch,), of the objective, where there is one.
+        stopped: (batch,) bool, samples whose next iterate no longer matters; None where there is none.
         agree: makes ranks that share collectives take the same way, for solvers that evaluate f or its products.
     """
 
@@ -37,6 +38,7 @@ class Evaluation(NamedTuple):
     best: Tensor
     best_error: Tensor
     values: Tensor | None = None
+    stopped: Tensor | None = None
     agree: Agree = bool
 
 

@@ -32,9 +32,11 @@ class FixedPoint(Equation):
         with torch.no_grad():
             denominators = self.sizes(output)
             # Where norm(f(z)) overflows, so that any residual would seem small beside it, nothing is finite.
-            numerators = [num + 0 * den for num, den in zip(self.sizes(residual), denominators, strict=True)]
+            numerators = [
+                torch.add(num, den, alpha=0) for num, den in zip(self.sizes(residual), denominators, strict=True)
+            ]
             pairs = list(zip(numerators, denominators, strict=True))
             error = self.worst([torch.where(num == 0, num, num / den) for num, den in pairs])
-            met = [num <= den * rtol + atol for num, den in pairs]
+            met = [torch.sub(num, den, alpha=rtol) <= atol for num, den in pairs]
             satisfied = met[0] if len(met) == 1 else torch.stack(met).all(dim=0)
         return Evaluation(z, output, residual, error, self.worst(numerators), satisfied, z, error)

@@ -14,13 +14,14 @@ from equilibria.solvers.safeguard import Safeguard
 
 
 class Memory(NamedTuple):
-    """The last differences of residuals and of relaxed images, newest overwriting oldest, and their Gram matrix."""
+    """The last differences of residuals and of relaxed images, newest overwriting oldest, and their correlations."""
 
     residual: Tensor | None  # (batch, n), of the last evaluation
     image: Tensor | None  # (batch, n), relaxed, of the last evaluation
     residuals: Tensor | None  # (batch, history, n), differences
     images: Tensor | None  # (batch, history, n), differences
-    gram: Tensor | None  # (batch, history, history)
+    correlations: Tensor | None  # (batch, history, history) of the residuals, the ridge on their diagonal
+    scale: Tensor | None  # (batch, history): 1 / length of each, 0 for one that has none to speak of
     seen: int  # differences written so far
     guard: Safeguard
 
@@ -54,77 +55,90 @@ class Anderson:
 
     def init(self, problem: Problem, z: Tensor, previous: Memory | None = None) -> Memory:
         guard = Safeguard.init(z, budget=4 * self.history)
-        if previous is None or previous.residuals is None or previous.images is None or previous.gram is None:
-            return Memory(None, None, None, None, None, 0, guard)
+        if previous is None or previous.residuals is None or previous.images is None:
+            return Memory(None, None, None, None, None, None, 0, guard)
         # The differences still approximate the Jacobian; the last point belongs to the other problem. A sample that
         # ended in NaN left some behind, and 0 * nan is not 0. All are copies: `step` writes into them.
         residuals, images = (torch.nan_to_num(b, 0, 0, 0) for b in (previous.residuals, previous.images))
-        return Memory(None, None, residuals, images, previous.gram.clone(), previous.seen, guard)
+        correlations, scale = (None if b is None else b.clone() for b in (previous.correlations, previous.scale))
+        return Memory(None, None, residuals, images, correlations, scale, previous.seen, guard)
 
     def step(self, problem: Problem, evaluation: Evaluation, memory: Memory) -> tuple[Tensor, Memory]:
         residual, image = evaluation.residual, relaxed(evaluation, self.relaxation)
         guard, plain, restart = memory.guard.update(evaluation, patience=2 * self.history)
-        residuals, images, gram, seen = memory.residuals, memory.images, memory.gram, memory.seen
         depth = min(self.history, residual.shape[1])  # more differences than dimensions are always dependent
-        rows = residual[:, None]
+        residuals, images, correlations, scale, seen = memory[2:7]
+        fresh = None
         if memory.residual is not None and memory.image is not None and depth:
-            residuals = write(residuals, seen % depth, residual - memory.residual, depth)
-            images = write(images, seen % depth, image - memory.image, depth)
-            rows = torch.stack([residuals[:, seen % depth], residual], dim=1)
+            slot = seen % depth
+            residuals = write(residuals, slot, residual - memory.residual, depth)
+            images = write(images, slot, image - memory.image, depth)
+            fresh = residuals[:, slot]
             seen += 1
-        memory = Memory(residual, image, residuals, images, gram, seen, guard)
         if residuals is None or images is None:
-            return image, memory
-        slot, filled = (seen - 1) % depth, min(seen, depth)
-        products = torch.bmm(rows, residuals[:, :filled].mT)
-        if rows.shape[1] == 2:
-            gram = _write_row(gram, slot, products[:, 0], depth)
-            memory = memory._replace(gram=gram)
-        assert gram is not None
-        newest_first = [(slot - k) % filled for k in range(filled)]
-        gamma = _least_squares(gram[:, :filled, :filled], products[:, -1], newest_first)
-        accelerated = image - torch.bmm(gamma[:, None], images[:, :filled])[:, 0]
+            return image, Memory(residual, image, None, None, None, None, seen, guard)
+        newest = (seen - 1) % depth
+        rows = residual[:, None] if fresh is None else torch.stack([fresh, residual], dim=1)
+        products = torch.bmm(rows, residuals.mT)
+        if fresh is not None:
+            correlations, scale = _correlate(correlations, scale, products[:, 0], newest, depth)
+        assert correlations is not None
+        assert scale is not None
+        memory = Memory(residual, image, residuals, images, correlations, scale, seen, guard)
+        gamma = _least_squares(correlations, scale, products[:, -1], newest)
+        accelerated = image - torch.bmm(gamma[:, None], images)[:, 0]
         if plain is None or restart is None:
             return accelerated, memory
         proposal = torch.where(plain[:, None], image, accelerated)
         return torch.where(restart[:, None], evaluation.best, proposal), memory
 
 
-def _write_row(gram: Tensor | None, slot: int, row: Tensor, depth: int) -> Tensor:
-    if gram is None:
-        gram = row.new_zeros(row.shape[0], depth, depth)
+def _ridge(dtype: torch.dtype) -> float:
+    return 1e-13 if dtype == torch.float64 else 1e-7
+
+
+def _correlate(
+    correlations: Tensor | None, scale: Tensor | None, row: Tensor, newest: int, depth: int
+) -> tuple[Tensor, Tensor]:
+    """Enter the products of the newest difference with all of them."""
+    unit = 1 + _ridge(row.dtype)
+    if correlations is None or scale is None:
+        correlations = torch.diag_embed(row.new_full((row.shape[0], depth), unit))
+        scale = row.new_zeros(row.shape[0], depth)
     elif torch.is_grad_enabled():
-        gram = gram.clone()
-    gram[:, slot, : row.shape[1]] = row
-    gram[:, : row.shape[1], slot] = row
-    return gram
+        correlations, scale = correlations.clone(), scale.clone()
+    square = row[:, newest, None]
+    # A difference that is zero, too small to square, infinite or not a number correlates with none and takes no part.
+    own = torch.where(square > torch.finfo(row.dtype).tiny, square, torch.inf).rsqrt()
+    scale[:, newest, None] = own
+    count = row.shape[1]
+    row = (row * scale[:, :count]).nan_to_num(0, 0, 0) * own
+    row[:, newest] = unit
+    correlations[:, newest, :count] = row
+    correlations[:, :count, newest] = row
+    return correlations, scale
 
 
-def _least_squares(gram: Tensor, target: Tensor, order: list[int]) -> Tensor:
-    """Solve the normal equations sample by sample, dropping columns that depend on ones earlier in `order`."""
-    permutation = torch.tensor(order, device=gram.device)
-    gram, target = gram[:, permutation[:, None], permutation], target[:, permutation]
-    ridge = 1e-13 if gram.dtype == torch.float64 else 1e-7
-    with torch.no_grad():
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        usable = torch.isfinite(diagonal) & (diagonal > torch.finfo(gram.dtype).tiny)
-        scale = torch.where(usable, diagonal, 1).rsqrt()
-        eye = torch.eye(len(order), dtype=gram.dtype, device=gram.device)
-        weights = scale[:, :, None] * scale[:, None, :]
+def _least_squares(correlations: Tensor, scale: Tensor, target: Tensor, newest: int) -> Tensor:
+    """Solve the normal equations sample by sample, dropping columns that depend on newer ones."""
+    count = target.shape[1]
+    correlations, scale = correlations[:, :count, :count], scale[:, :count]
+    target = (target * scale).nan_to_num(0, 0, 0)
+    lower, info = torch.linalg.cholesky_ex(correlations)
+    sound = _pivots(lower) > info[:, None]
+    if not bool(sound.all()):
+        # Which of two dependent columns is the older shows in the order from the newest on, which is its own inverse.
+        position = torch.arange(count, device=target.device)
+        order = (newest - position) % count
+        ordered, info = torch.linalg.cholesky_ex(correlations[:, order[:, None], order])
+        known = position < (info[:, None] - 1) % (count + 1)  # past a failed pivot, counted from 1, it says nothing
+        keep = (_pivots(ordered) & known)[:, order] | sound.all(dim=1, keepdim=True)
+        apart = torch.eye(count, dtype=target.dtype, device=target.device)
+        lower, _ = torch.linalg.cholesky_ex(torch.where(keep[:, :, None] & keep[:, None, :], correlations, apart))
+        target = torch.where(keep, target, 0)
+    return torch.cholesky_solve(target[:, :, None], lower)[:, :, 0] * scale
 
-    def factor(keep: Tensor) -> tuple[Tensor, Tensor]:
-        pairs = keep[:, :, None] & keep[:, None, :]
-        return torch.linalg.cholesky_ex(torch.where(pairs, gram * weights, eye) + ridge * eye)
 
-    with torch.no_grad():
-        lower, info = factor(usable)
-        # A pivot near the ridge is a dependent column; past a failed one the factor says nothing.
-        position = torch.arange(len(order), device=gram.device)
-        sound = (info[:, None] == 0) | (position < info[:, None] - 1)
-        keep = usable & sound & (lower.diagonal(dim1=1, dim2=2).square() > 8 * ridge)
-        kept = bool((keep == usable).all())
-    if torch.is_grad_enabled() or not kept:  # the factor above has no graph
-        lower, _ = factor(keep)
-    right = torch.where(keep, target * scale, 0)
-    gamma = torch.cholesky_solve(right[:, :, None], lower)[:, :, 0] * scale
-    return gamma[:, torch.argsort(permutation)]
+def _pivots(lower: Tensor) -> Tensor:
+    """Which columns do not depend on those before them: a pivot near the ridge does."""
+    return lower.diagonal(dim1=1, dim2=2) > (8 * _ridge(lower.dtype)) ** 0.5

@@ -37,8 +37,9 @@ class Safeguard(NamedTuple):
         """The next safeguard; which samples step plainly now, or None; and which of these restart from their best."""
         size = evaluation.size
         lower = size < 0.9 * self.lowest
-        if self.idle and bool(lower.all()):
-            return self._replace(lowest=size, since=torch.zeros_like(self.since)), None, None
+        stopped = evaluation.stopped
+        if self.idle and bool((lower if stopped is None else lower | stopped).all()):
+            return self._replace(lowest=size, since=self.plain), None, None  # idle: zeros
         plainly = self.plain > 0
         blown = ~(size <= BLOW_UP * self.lowest)
         since = torch.where(lower, 0, self.since + 1)
@@ -53,4 +54,5 @@ class Safeguard(NamedTuple):
             torch.where(trip, 2 * self.budget, self.budget),
         )
         stepping = plain > 0
-        return guard._replace(idle=not bool(stepping.any())), stepping, blown & (~plainly | ends)
+        idle = not bool((stepping if stopped is None else stepping > stopped).any())
+        return guard._replace(idle=idle), stepping, blown & (~plainly | ends)
