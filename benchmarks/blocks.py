@@ -10,18 +10,22 @@ is in docs/log.md; what became an option of the model is in benchmarks/options.p
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from onelayer import corpora
-from onelayer.corpora import batches
-from onelayer.evaluation import measure
+from onelayer.learner import Learner, make_optimizer, update
 from onelayer.models.language_model import LanguageModel
 from onelayer.models.transformer import Context, TransformerBlock
+from onelayer.parallel import Processes
 from onelayer.presets import changed, preset
-from onelayer.training import make_optimizer, train_step
+from onelayer.quality import score, spread
+
+ALONE = Processes(torch.device("cpu"))
 
 
 class NormalisedUpdate(TransformerBlock):
@@ -51,7 +55,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[block.__name__ for block in BLOCKS], metavar="BLOCK")
     parser.add_argument("--unrolled-steps", type=int, default=0)
     options = parser.parse_args()
-    corpus = corpora.load()
+    with tempfile.TemporaryDirectory() as folder:
+        _compare(options, corpora.prepare(None, Path(folder, "tokens")))
+
+
+def _compare(options: argparse.Namespace, corpus: corpora.Corpus) -> None:
     print(f"{options.steps} steps, {torch.get_num_threads()} threads, {corpus.describe()}")
     columns = ("parameters", "rate", "bits/byte", "evaluations", "residual", "at cap", "once", "seconds")
     print(f"{'':20}" + "".join(f"{column:>13}" for column in columns))
@@ -61,22 +69,19 @@ def main() -> None:
             config = changed(preset("small"), values)
             torch.manual_seed(config.training.seed)
             model = LanguageModel(config.model, block)
-            optimizer = make_optimizer(model, config.training)
+            learning = Learner(config, ALONE, model, model, make_optimizer(model, config.training))
             began = time.perf_counter()
             for step in range(options.steps):
-                train_step(model, optimizer, config, corpus, step)
+                update(learning, corpus, step)
             seconds = time.perf_counter() - began
-            inputs, targets = batches.validation_windows(corpus.validation, config.model.context, 128)
-            found = measure(model, config, inputs, targets)
-            once = measure(model, config, inputs, targets, max_steps=2)
-            assert found.steps is not None
-            assert found.residual is not None
+            windows = spread(corpus.validation, config.model.context, 128)
+            once, found = score(model, config, windows, corpus.tokenizer.lengths, (2, config.model.eval_max_steps))
             row = (
                 f"{model.parameter_counts()[0]:,}",
                 f"{rate:g}",
                 f"{found.bits_per_byte:.3f}",
-                f"{found.steps.float().mean():.1f}",
-                f"{found.residual.median():.1e}",
+                f"{found.evaluations:.1f}",
+                f"{found.residual:.1e}",
                 f"{found.share_at_cap:.0%}",
                 f"{once.bits_per_byte:.3f}",
                 f"{seconds:.0f}",

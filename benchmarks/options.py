@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 
 from onelayer import corpora
 from onelayer.corpora import Corpus, batches
+from onelayer.learner import learning_rate_at, make_optimizer
 from onelayer.models.language_model import LanguageModel, bits
 from onelayer.presets import RunConfig, changed, preset
-from onelayer.training import learning_rate_at, make_optimizer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "post": {},
@@ -50,7 +51,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     options = parser.parse_args()
-    corpus = corpora.load()
+    with tempfile.TemporaryDirectory() as folder:
+        _compare(options, corpora.prepare(None, Path(folder, "tokens")))
+
+
+def _compare(options: argparse.Namespace, corpus: Corpus) -> None:
     print(f"{options.steps} steps, {torch.get_num_threads()} threads, {corpus.describe()}", file=sys.stderr)
     rows = read(options.out)
     for name in options.only:

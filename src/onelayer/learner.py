@@ -25,7 +25,7 @@ class Learner:
     """A model in training.
 
     >>> learner = start(preset("tiny"), Processes(torch.device("cpu")))         # doctest: +SKIP
-    >>> update(learner, corpora.load(), step=0)["bits_per_byte"]                # doctest: +SKIP
+    >>> update(learner, corpus, step=0)["bits_per_byte"]                        # doctest: +SKIP
     8.4
 
     Attributes:
