@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -16,6 +17,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 from onelayer.cli import evaluate, generate, prove, tokenize, train
 from onelayer.errors import UsageError
+
+# Seconds that other processes of a machine wait with what they have to say: torchrun stops all of them when the first,
+# which mostly says the same, has ended.
+_PATIENCE = 20
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code or 0
     except UsageError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # what is wrong in all processes is said once
-            print(f"onelayer: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_PATIENCE)
+        print(f"onelayer: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("onelayer: interrupted.", file=sys.stderr)
