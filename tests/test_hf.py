@@ -28,7 +28,8 @@ from transformers import (
 
 import equilibria as eq
 from onelayer import pretrained
-from onelayer.corpora.tokenizer_file import byte_tokenizer_json
+from onelayer.corpora.tokenizer import of_bytes
+from onelayer.corpora.tokenizer_file import with_padding
 from onelayer.errors import UsageError
 from onelayer.hf import DEQConfig, DEQForCausalLM
 from onelayer.models.configuration import ModelConfig
@@ -370,7 +371,9 @@ def test_trainer_gives_every_token_of_an_accumulated_batch_the_same_weight(tmp_p
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     model = model_of()
-    pretrained.write(tmp_path / "model", model.model.config, model.model.state_dict(), byte_tokenizer_json(), "A card.")
+    pretrained.write(
+        tmp_path / "model", model.model.config, model.model.state_dict(), with_padding(of_bytes().to_json()), "A card."
+    )
     return tmp_path / "model"
 
 
@@ -460,7 +463,7 @@ def test_folders_of_other_models_or_parts_are_refused(folder: Path, tmp_path: Pa
         with pytest.raises(UsageError, match=says):
             AutoModelForCausalLM.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(values))
-    tokenizer = json.loads(byte_tokenizer_json())
+    tokenizer = json.loads(with_padding(of_bytes().to_json()))
     tokenizer["added_tokens"].append({"id": 256, "content": "<eos>", "special": True})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UsageError, match="has 257 tokens and the model only 256"):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from onelayer import pretrained
-from onelayer.corpora.tokenizer_file import byte_tokenizer_json, special_ids, with_padding, without_padding
+from onelayer.corpora.tokenizer import of_bytes
+from onelayer.corpora.tokenizer_file import special_ids, with_padding, without_padding
 from onelayer.errors import UsageError
 from onelayer.model_card import Measured, card
 from onelayer.models.configuration import ModelConfig
@@ -32,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "cutoffs": (20, 100),
     },
 }
-BYTES = Tokenizer.from_str(byte_tokenizer_json())
+BYTES = Tokenizer.from_str(with_padding(of_bytes().to_json()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -81,7 +82,7 @@ def _flip(path: Path) -> None:
 
 
 def _larger_tokenizer() -> str:
-    content = json.loads(byte_tokenizer_json())
+    content = json.loads(with_padding(of_bytes().to_json()))
     content["added_tokens"].append({"id": 256, "content": "<eos>", "special": True})
     return json.dumps(content)
 
@@ -109,7 +110,7 @@ def _larger_tokenizer() -> str:
     ],
 )
 def test_parts_that_are_damaged_or_disagree_are_named(damage: Any, says: str, tmp_path: Path):
-    pretrained.write(tmp_path, CONFIG, LanguageModel(CONFIG).state_dict(), byte_tokenizer_json())
+    pretrained.write(tmp_path, CONFIG, LanguageModel(CONFIG).state_dict(), with_padding(of_bytes().to_json()))
     pretrained.read(tmp_path)
     damage(tmp_path)
     with pytest.raises(UsageError, match=says) as error:
@@ -120,7 +121,9 @@ def test_parts_that_are_damaged_or_disagree_are_named(damage: Any, says: str, tm
 def test_a_tokenizer_with_more_tokens_than_the_model_is_not_saved(tmp_path: Path):
     weights = LanguageModel(replace(CONFIG, vocabulary=200)).state_dict()
     with pytest.raises(UsageError, match="256 tokens and the model only 200"):
-        pretrained.write(tmp_path / "model", replace(CONFIG, vocabulary=200), weights, byte_tokenizer_json())
+        pretrained.write(
+            tmp_path / "model", replace(CONFIG, vocabulary=200), weights, with_padding(of_bytes().to_json())
+        )
     assert not (tmp_path / "model").exists()
 
 
@@ -138,7 +141,7 @@ def test_byte_tokens_of_texts_that_tokenizers_trip_over(text: str):
 
 
 def test_a_byte_level_tokenizer_pads_with_byte_0_and_is_read_back_as_it_was(tmp_path: Path):
-    content = json.loads(without_padding(byte_tokenizer_json()))
+    content = json.loads(without_padding(with_padding(of_bytes().to_json())))
     content["model"]["vocab"]["aĀ"] = 256
     merging = json.dumps(content | {"model": content["model"] | {"merges": [["a", "Ā"]]}})
     assert with_padding(merging) == merging  # it would not load without the letter that it merges

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onelayer.models.configuration import ModelConfig
-
-AT_CAP = 0.05
-"""Share of solves without success above which what was trained is a network of so many steps, not an equilibrium."""
+from onelayer.report.record import CAP_LIMIT
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def _limits(config: ModelConfig, measured: Measured) -> str:
 
 
 def _is_capped(measured: Measured) -> bool:
-    return measured.share_at_cap is not None and measured.share_at_cap > AT_CAP
+    return measured.share_at_cap is not None and measured.share_at_cap > CAP_LIMIT
 
 
 def _percent(share: float | None) -> str:

@@ -183,7 +183,7 @@ def _numbers(found: Quality) -> dict[str, float | None]:
 
 
 class _Signals:
-    """SIGINT and SIGTERM, only noted while they are held, so that no step and no save is cut in two."""
+    """SIGINT and SIGTERM, the first of them only noted, so that no step and no save is cut in two."""
 
     noted = False
 

@@ -24,9 +24,9 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers.trainers import BpeTrainer
 
 from onelayer.corpora.pieces import segments
-from onelayer.corpora.tokenizer_file import without_padding
+from onelayer.corpora.tokenizer_file import ALPHABET, without_padding
 from onelayer.errors import UsageError
-from onelayer.models.configuration import BYTES
+from onelayer.models.configuration import BYTES as BYTES
 
 _IDS = npt.NDArray[np.integer[Any]]
 _BATCH = 64  # segments that the encoder is given at once, which it shares among threads
@@ -36,14 +36,6 @@ _PROBE = (" a  b\t\r\n\n c'll D1234\u00a0e\u0301 \u00e9\ufb01\u2126 \u65e5\u672c
 _PROBE += bytes(range(BYTES)) + _PROBE
 
 
-def _alphabet() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary: itself, where it can be seen."""
-    seen = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    unseen = [byte for byte in range(BYTES) if byte not in seen]
-    return [chr(byte if byte in seen else BYTES + unseen.index(byte)) for byte in range(BYTES)]
-
-
-ALPHABET = _alphabet()
 NUMBERS = {character: byte for byte, character in enumerate(ALPHABET)}
 
 

@@ -1,4 +1,4 @@
-"""The `tokenizer.json` of the `tokenizers` library: that of bytes, and what a model has to know of any."""
+"""The `tokenizer.json` of the `tokenizers` library: its letters for bytes, and what a model has to know of it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,14 @@ ROLES = {
 """What the special tokens of a `tokenizer.json` are for, by their names."""
 
 
-def byte_tokenizer_json() -> str:
-    """The `tokenizer.json` of the tokens that are bytes: token n is the byte n, so that any text comes back as it was.
+def _alphabet() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary: itself, where it can be seen."""
+    seen = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    unseen = [byte for byte in range(BYTES) if byte not in seen]
+    return [chr(byte if byte in seen else BYTES + unseen.index(byte)) for byte in range(BYTES)]
 
-    >>> json.loads(byte_tokenizer_json())["model"]["vocab"]["A"]
-    65
 
-    Returns:
-        JSON for the `tokenizers` library: byte-level pre-tokens, a vocabulary of 256 tokens, no merges, and byte 0 for
-        padding, see `with_padding`.
-    """
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    model = {"type": "BPE", "vocab": {_letter(byte): byte for byte in range(BYTES)}, "merges": []}
-    parts = {"pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
-    return with_padding(json.dumps({"version": "1.0", "added_tokens": []} | parts))
+ALPHABET = _alphabet()
 
 
 def with_padding(tokenizer_json: str) -> str:
@@ -42,7 +36,8 @@ def with_padding(tokenizer_json: str) -> str:
     No text holds that byte, and a model has no token to spare that it was not trained with. Text that holds it all the
     same comes back as it was, except by `skip_special_tokens=True`, which leaves it out.
 
-    >>> special_ids(with_padding(byte_tokenizer_json()))
+    >>> from onelayer.corpora.tokenizer import of_bytes
+    >>> special_ids(with_padding(of_bytes().to_json()))
     {'pad_token_id': 0}
 
     Args:
@@ -52,7 +47,7 @@ def with_padding(tokenizer_json: str) -> str:
         The content with a padding token; as it was where it is no byte-level tokenizer or merges that byte.
     """
     content = json.loads(tokenizer_json)
-    model, letter = content["model"], _letter(0)
+    model, letter = content["model"], ALPHABET[0]
     merged = any(letter in "".join(merge) for merge in model.get("merges") or [])
     if "pad_token" in _special(tokenizer_json) or merged or letter not in model["vocab"] or model.get("type") != "BPE":
         return tokenizer_json
@@ -67,7 +62,8 @@ def with_padding(tokenizer_json: str) -> str:
 def without_padding(tokenizer_json: str) -> str:
     """What `with_padding` was given.
 
-    >>> json.loads(without_padding(byte_tokenizer_json()))["added_tokens"]
+    >>> from onelayer.corpora.tokenizer import of_bytes
+    >>> json.loads(without_padding(with_padding(of_bytes().to_json())))["added_tokens"]
     []
     """
     content = json.loads(tokenizer_json)
@@ -77,14 +73,15 @@ def without_padding(tokenizer_json: str) -> str:
         return tokenizer_json
     content["added_tokens"] = rest
     vocabulary = content["model"]["vocab"].items()
-    content["model"]["vocab"] = {_letter(0) if token == PADDING else token: n for token, n in vocabulary}
+    content["model"]["vocab"] = {ALPHABET[0] if token == PADDING else token: n for token, n in vocabulary}
     return json.dumps(content, ensure_ascii=False)
 
 
 def tokenizer_size(tokenizer_json: str) -> int:
     """One more than the largest token of a `tokenizer.json`.
 
-    >>> tokenizer_size(byte_tokenizer_json())
+    >>> from onelayer.corpora.tokenizer import of_bytes
+    >>> tokenizer_size(of_bytes().to_json())
     256
 
     Raises:
@@ -99,7 +96,8 @@ def tokenizer_size(tokenizer_json: str) -> int:
 def tokenizer_config(tokenizer_json: str, context: int) -> dict[str, Any]:
     """What stands beside a `tokenizer.json` so that `transformers` uses it as a language model needs it.
 
-    >>> tokenizer_config(byte_tokenizer_json(), 128)["padding_side"]
+    >>> from onelayer.corpora.tokenizer import of_bytes
+    >>> tokenizer_config(of_bytes().to_json(), 128)["padding_side"]
     'left'
 
     Args:
@@ -121,7 +119,8 @@ def tokenizer_config(tokenizer_json: str, context: int) -> dict[str, Any]:
 def special_ids(tokenizer_json: str) -> dict[str, int]:
     """The special tokens of a `tokenizer.json` under the names that generation knows them by.
 
-    >>> special_ids(byte_tokenizer_json())
+    >>> from onelayer.corpora.tokenizer import of_bytes
+    >>> special_ids(with_padding(of_bytes().to_json()))
     {'pad_token_id': 0}
     """
     return {f"{role}_id": token for role, (_, token) in _special(tokenizer_json).items() if role != "unk_token"}
@@ -130,7 +129,8 @@ def special_ids(tokenizer_json: str) -> dict[str, int]:
 def check_size(tokenizer_json: str, vocabulary: int, origin: str) -> None:
     """Makes sure that a tokenizer has no token that a model has not.
 
-    >>> check_size(byte_tokenizer_json(), 256, "tokenizer.json")
+    >>> from onelayer.corpora.tokenizer import of_bytes
+    >>> check_size(of_bytes().to_json(), 256, "tokenizer.json")
 
     Args:
         tokenizer_json: the content of the file.
@@ -148,14 +148,6 @@ def check_size(tokenizer_json: str, vocabulary: int, origin: str) -> None:
         raise UsageError(
             f"{origin} has {size} tokens and the model only {vocabulary}: take the tokenizer that it was trained with."
         )
-
-
-def _letter(byte: int) -> str:
-    """The printable letter by which byte-level tokenizers write a byte, since GPT-2."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    if byte in printable:
-        return chr(byte)
-    return chr(BYTES + sum(other not in printable for other in range(byte)))
 
 
 def _special(tokenizer_json: str) -> dict[str, tuple[str, int]]:

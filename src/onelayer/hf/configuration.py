@@ -90,7 +90,7 @@ class DEQConfig(PreTrainedConfig):
     @property
     def num_hidden_layers(self) -> int:
         """Slots of the cache that a token leaves keys and values in: one for an equilibrium, else one a layer."""
-        return 1 if self.depth == "equilibrium" else self.layers
+        return self.to_model_config().slots
 
     @property
     def qk_head_dim(self) -> int | None:

@@ -141,7 +141,7 @@ class DEQForCausalLM(PreTrainedModel, GenerationMixin):
         wanted = not self.training if use_cache is None else use_cache
         if cache is None and wanted:
             cache = DynamicCache(config=self.config)
-        past, offset = past_of(cache, self.config.num_hidden_layers)
+        past, offset = past_of(cache, self.model.config.slots)
         real = _real(attention_mask, input_ids.shape, offset)
         found: Output = self.model(input_ids, real=real, past=past, remember=cache is not None)
         assert found.logits is not None
