@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import equilibria as eq
 from onelayer import checkpoints
 from onelayer.corpora import batches
 from onelayer.corpora.prepared import Corpus
 from onelayer.errors import UsageError
-from onelayer.models.language_model import LanguageModel, Output
+from onelayer.models.language_model import IGNORED, LanguageModel, Output
 from onelayer.models.window import Memory
 from onelayer.parallel import Processes, whole
 from onelayer.presets import RunConfig, TrainingConfig
@@ -107,6 +108,45 @@ def update(learner: Learner, corpus: Corpus, step: int) -> dict[str, Any]:
     Raises:
         UsageError: the loss or the gradient is not finite.
     """
+    config, training = learner.config, learner.config.training
+    rows = learner.group.rows(training.batch_size)
+    x, y = batches.batch(
+        corpus.train, step, training.batch_size, config.model.context, training.seed, rows, config.model.memory > 0
+    )
+    found = advance(learner, x, y, torch.from_numpy(corpus.tokenizer.lengths)[y], step)
+    line = {name: getattr(found, name) for name in ("bits_per_byte", "learning_rate", "gradient_norm")}
+    return line | _of_the_equilibrium(found.rows)
+
+
+class Advance(NamedTuple):
+    """What an update of the weights met on its way.
+
+    Attributes:
+        bits_per_byte: the loss.
+        learning_rate: of this update.
+        gradient_norm: before it was clipped.
+        rows: what each row of the batch tells of its loss and its solves, float64 `(rows, COLUMNS)`.
+    """
+
+    bits_per_byte: float
+    learning_rate: float
+    gradient_norm: float
+    rows: Tensor
+
+
+def advance(learner: Learner, x: Tensor, y: Tensor, lengths: Tensor, step: int) -> Advance:
+    """One update of the weights on a batch, by all processes together.
+
+    Args:
+        learner: changed in place.
+        x, y: tokens and those that follow, int64 `(rows, time)`, the rows of this process; a target of `IGNORED` is
+            not learnt from.
+        lengths: bytes that each target stands for, likewise.
+        step: number of the update, from 0.
+
+    Raises:
+        UsageError: the loss or the gradient is not finite.
+    """
     config, group, model = learner.config, learner.group, learner.model
     training = config.training
     learning_rate = learning_rate_at(step, training)
@@ -114,17 +154,12 @@ def update(learner: Learner, corpus: Corpus, step: int) -> dict[str, Any]:
         parameters["lr"] = learning_rate
     # Masks and probes are those of the step, so that a resumed run draws what an uninterrupted one draws.
     torch.manual_seed((training.seed * 1_000_003 + step) * 10_007 + group.rank)
-    rows = group.rows(training.batch_size)
-    x, y = batches.batch(
-        corpus.train, step, training.batch_size, config.model.context, training.seed, rows, config.model.memory > 0
-    )
-    lengths = torch.from_numpy(corpus.tokenizer.lengths)[y]
-    x, y = x.to(group.device), y.to(group.device)
+    x, y, lengths = x.to(group.device), y.to(group.device), lengths.to(group.device)
     unrolled = training.unrolled_layers if model.is_equilibrium and step < training.unrolled_steps else None
     learner.called.train()
     found: list[Tensor] = []
     memories: list[Memory] = []
-    share = len(rows) // training.accumulate
+    share = len(x) // training.accumulate
     for part in range(training.accumulate):
         own = slice(part * share, (part + 1) * share)
         before = learner.memory
@@ -135,16 +170,17 @@ def update(learner: Learner, corpus: Corpus, step: int) -> dict[str, Any]:
                 output: Output = learner.called(x[own], y[own], memory=before, unrolled=unrolled)
             assert output.losses is not None
             # In nats, as learning rates and gradient norms are usually quoted for.
-            ((output.losses.mean() + output.penalty) / training.accumulate).backward()
-        found.append(_of_each_row(output, lengths[own].to(group.device)))
+            loss = output.losses.sum() / (y[own] != IGNORED).sum()
+            ((loss + output.penalty) / training.accumulate).backward()
+        found.append(_of_each_row(output, lengths[own]))
         if output.memory is not None:
             memories.append(output.memory)
     if memories:
         states = (torch.cat(parts) for parts in zip(*(memory.states for memory in memories), strict=True))
         learner.memory = Memory(torch.cat([memory.x for memory in memories]), tuple(states))
     norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)))
-    rows_of_all = group.gather(torch.cat(found)).cpu()
-    nats, lengths_of_all = rows_of_all[:, :2].sum(0).tolist()
+    rows = group.gather(torch.cat(found)).cpu()
+    nats, lengths_of_all = rows[:, :2].sum(0).tolist()
     bits_per_byte = nats / lengths_of_all / math.log(2)
     if not math.isfinite(norm + bits_per_byte):
         raise UsageError(
@@ -153,12 +189,11 @@ def update(learner: Learner, corpus: Corpus, step: int) -> dict[str, Any]:
         )
     learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
-    line = {"bits_per_byte": bits_per_byte, "learning_rate": learning_rate, "gradient_norm": norm}
-    return line | _of_the_equilibrium(rows_of_all)
+    return Advance(bits_per_byte, learning_rate, norm, rows)
 
 
 # What each row of a batch tells of its solves, in the columns of a tensor that processes can gather.
-_COLUMNS = ("nats", "bytes", "steps", "residual", "failed", "adjoint_steps", "adjoint_residual")
+COLUMNS = ("nats", "bytes", "steps", "residual", "failed", "adjoint_steps", "adjoint_residual", "adjoint_failed")
 
 
 def _of_each_row(output: Output, lengths: Tensor) -> Tensor:
@@ -167,15 +202,16 @@ def _of_each_row(output: Output, lengths: Tensor) -> Tensor:
     nothing = torch.full_like(nats, math.nan)
     known = [nats, lengths.double().sum(1)]
     if output.solution is None:
-        return torch.stack([*known, *[nothing] * 5], dim=1)
+        return torch.stack([*known, *[nothing] * 6], dim=1)
     solution, adjoint = output.solution, output.solution.adjoint
-    back = [nothing if value is None else value.double() for value in (adjoint.steps, adjoint.residual)]
+    unsolved = None if adjoint.status is None else adjoint.status != eq.Status.CONVERGED
+    back = [nothing if value is None else value.double() for value in (adjoint.steps, adjoint.residual, unsolved)]
     ahead = [value.double() for value in (solution.steps, solution.residual, ~solution.converged)]
     return torch.stack([*known, *ahead, *back], dim=1)
 
 
 def _of_the_equilibrium(rows: Tensor) -> dict[str, float | None]:
-    column = dict(zip(_COLUMNS, rows.unbind(1), strict=True))
+    column = dict(zip(COLUMNS, rows.unbind(1), strict=True))
     solved, pulled_back = (not bool(column[name][0].isnan()) for name in ("steps", "adjoint_steps"))
     return {
         "evaluations_forward": float(column["steps"].mean()) if solved else None,

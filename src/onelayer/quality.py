@@ -150,6 +150,7 @@ def score(
     windows: Windows,
     lengths: npt.NDArray[np.int64],
     allowed: tuple[int, ...] = (),
+    progress: bool = True,
 ) -> list[Quality]:
     """Runs the model over windows of a text, without gradient and in evaluation mode.
 
@@ -164,6 +165,7 @@ def score(
         windows: what to read and which tokens to score. A model with a memory reads what stands before a window first.
         lengths: bytes that each token stands for, see `Tokenizer.lengths`.
         allowed: evaluations allowed to each solve, one measurement for each; none is the configuration's.
+        progress: whether a bar appears where it takes long.
 
     Returns:
         The measurements, in the order of `allowed`.
@@ -184,7 +186,15 @@ def score(
     try:
         often = 0.5 if sys.stderr.isatty() else 15.0  # a log file wants fewer lines than a terminal redraws
         total = len(windows.starts) * len(passes)
-        bar = tqdm(total=total, unit="window", delay=_QUIET, leave=False, dynamic_ncols=True, mininterval=often)
+        bar = tqdm(
+            total=total,
+            unit="window",
+            delay=_QUIET,
+            leave=False,
+            dynamic_ncols=True,
+            mininterval=often,
+            disable=not progress,
+        )
         with torch.no_grad(), bar:
             return [_pass(model, config, windows, torch.from_numpy(lengths), steps, bar) for steps in passes]
     finally:

@@ -18,6 +18,8 @@ from onelayer.models.transformer import TransformerBlock
 from onelayer.models.trellisnet import TrellisBlock
 from onelayer.models.window import Memory, Slot, window
 
+IGNORED = -100  # a target that no loss is taken of; what cross entropies of torch leave out by default
+
 BLOCKS: dict[str, Callable[[ModelConfig], Any]] = {"transformer": TransformerBlock, "trellisnet": TrellisBlock}
 
 
@@ -101,7 +103,8 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: int64 `(batch, time)`.
-            targets: the tokens that follow, likewise.
+            targets: the tokens that follow, likewise; the loss of one that is `IGNORED` is 0, which an adaptive
+                softmax does not know.
             real: bool `(batch, past + time)`, False for padding on the left; `None` where there is none.
             past: what the tokens before left, for each slot `(batch, heads, stored, size)` twice.
             offset: positions of the past that are used; `None` is all.

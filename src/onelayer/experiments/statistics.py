@@ -1,0 +1,99 @@
+"""What rows say together: means with their spread, differences by pairs, and which rate of learning to take."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from scipy import stats
+
+from onelayer.experiments.experiment import Row
+
+
+class Paired(NamedTuple):
+    """Mean of the differences by pairs, with the 95% interval of Student's t; the interval is NaN for one pair."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        if self.count < 2:
+            return f"{self.mean:+.3f} (one pair)"
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def paired(rows: Iterable[Row], task: str, arm: str, other: str, name: str = "score") -> Paired | None:
+    """What an arm has more than another on a task, seed by seed; `None` where no seed has both.
+
+    >>> rows = [{"task": "t", "arm": a, "seed": s, "stage": "measure", "score": v}
+    ...         for a, s, v in (("one", 0, 1.0), ("one", 1, 2.0), ("two", 0, 1.5), ("two", 1, 2.7))]
+    >>> print(paired(rows, "t", "two", "one"))
+    +0.600 [-0.671, +1.871]
+
+    Args:
+        rows: of the experiment; those that chose settings are left out.
+        task: of both arms.
+        arm, other: what is compared.
+        name: of the number.
+    """
+    by_seed: dict[int, dict[str, float]] = {}
+    for row in measured(rows, task):
+        by_seed.setdefault(row["seed"], {})[row["arm"]] = row.get(name, math.nan)
+    gaps = [found[arm] - found[other] for found in by_seed.values() if arm in found and other in found]
+    if not gaps:
+        return None
+    if len(gaps) == 1 or not all(map(math.isfinite, gaps)):
+        return Paired(statistics.fmean(gaps), math.nan, math.nan, len(gaps))
+    low, high = stats.ttest_1samp(gaps, 0.0).confidence_interval(0.95)
+    return Paired(statistics.fmean(gaps), float(low), float(high), len(gaps))
+
+
+def measured(rows: Iterable[Row], task: str | None = None, arm: str | None = None) -> list[Row]:
+    """The rows that are results, of a task or an arm where one is named.
+
+    >>> measured([{"task": "t", "arm": "a", "stage": "choose"}])
+    []
+    """
+    return [
+        row for row in rows if row["stage"] == "measure" and task in (None, row["task"]) and arm in (None, row["arm"])
+    ]
+
+
+def best_rate(rows: Iterable[Row], task: str, arm: str, rates: Sequence[float], name: str = "score") -> float | None:
+    """The rate of learning with the smallest mean number on the seeds that choose; `None` until all of them are there.
+
+    >>> rows = [{"task": "t", "arm": "a", "stage": "choose", "rate": r, "score": s} for r, s in ((0.1, 2), (0.3, 1))]
+    >>> best_rate(rows, "t", "a", (0.1, 0.3)), best_rate(rows, "t", "a", (0.1, 0.3, 1.0))
+    (0.3, None)
+
+    Args:
+        rows: of the experiment; a row without the number is of a training that diverged, and loses.
+        task, arm: for which a rate is wanted.
+        rates: those tried; one alone needs no rows.
+        name: of the number.
+    """
+    if len(rates) == 1:
+        return rates[0]
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if row["stage"] == "choose" and (row["task"], row["arm"]) == (task, arm):
+            found.setdefault(row["rate"], []).append(row.get(name, math.inf))
+    if any(rate not in found for rate in rates):
+        return None
+    return min(rates, key=lambda rate: statistics.fmean(found[rate]))
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard deviation.
+
+    >>> spread([1.0, 2.0]), spread([1.0])
+    ('1.500 ± 0.707', '1.000')
+    """
+    if not values:
+        return "–"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
