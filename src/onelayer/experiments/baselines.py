@@ -1,7 +1,7 @@
 """What sequences were modelled with before attention, as blocks that stand in the place of the Transformer's.
 
-They read the embedded text alone, not the state: with `depth="tied"` and one layer they are the whole network between the
-embedding and the unembedding that all arms share.
+They read the embedded text alone, not the state: with `depth="tied"` and one layer they are the whole network between
+the embedding and the unembedding that all arms share.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def lstm(config: ModelConfig) -> RecurrentBlock:
     """
     network = nn.LSTM(config.width, config.width, batch_first=True)
     with torch.no_grad():
-        network.bias_hh_l0[config.width : 2 * config.width] += 1.0
+        network.get_parameter("bias_hh_l0")[config.width : 2 * config.width] += 1.0
     return RecurrentBlock(config, network)
 
 
@@ -101,14 +101,14 @@ class ConvolutionalBlock(nn.Module):
     >>> from onelayer.models.language_model import LanguageModel
     >>> config = ModelConfig(width=16, heads=1, depth="tied", layers=1, context=40, kernel=4)
     >>> model = LanguageModel(config, ConvolutionalBlock)
-    >>> model(torch.randint(0, 256, (3, 40))).state.shape, len(model.depth.block.first)
-    (torch.Size([3, 40, 16]), 3)
+    >>> model(torch.randint(0, 256, (3, 40))).state.shape, len(model.depth.block.convolutions)
+    (torch.Size([3, 40, 16]), 6)
 
     Args:
         config: width, context, kernel, dropout and weight normalisation, which the paper has.
 
-    Source: Bai, Kolter and Koltun, "An Empirical Evaluation of Generic Convolutional and Recurrent Networks for Sequence
-    Modeling", 2018 (arXiv:1803.01271), section 3.
+    Source: Bai, Kolter and Koltun, "An Empirical Evaluation of Generic Convolutional and Recurrent Networks for
+    Sequence Modeling", 2018 (arXiv:1803.01271), section 3.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -118,19 +118,15 @@ class ConvolutionalBlock(nn.Module):
         while receptive_field(config.kernel, parts) < config.context:
             parts += 1
 
-        def convolutions() -> nn.ModuleList:
-            return nn.ModuleList(
-                Linear(config.kernel * config.width, config.width, config.weight_norm) for _ in range(parts)
-            )
-
-        self.first, self.second = convolutions(), convolutions()
+        self.convolutions = nn.ModuleList(
+            Linear(config.kernel * config.width, config.width, config.weight_norm) for _ in range(2 * parts)
+        )
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(config.width)) for _ in range(2 * parts))
         self.dropout = eq.nn.VariationalDropout(config.dropout)
 
     def prepare(self, x: Tensor) -> Prepared:
-        """Matrices and masks for a forward on embedded tokens `x`, `(batch, time, width)`, in the order of their use."""
-        pairs = zip(self.first, self.second, strict=True)
-        matrices = tuple(part.matrix() for pair in pairs for part in pair)
+        """Matrices and masks for a forward on embedded tokens `x`, `(batch, time, width)`, in the order of use."""
+        matrices = tuple(part.matrix() for part in self.convolutions if isinstance(part, Linear))
         return Prepared(matrices, tuple(mask(self.dropout, x, x.shape[2]) for _ in matrices))
 
     def place(self, window: Window, dtype: torch.dtype) -> Window:
