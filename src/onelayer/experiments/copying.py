@@ -48,6 +48,8 @@ def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:
         learning_rate=trial.rate,
         warmup_steps=steps // 20,
         weight_decay=0.0,  # it would bound the attention that tells one position from the next
+        unrolled_steps=settings.unrolled_steps,
+        unrolled_layers=settings.layers,
         seed=trial.seed,
         validate_every=max(steps // 16, 1),
         device=settings.device,
@@ -107,6 +109,7 @@ EXPERIMENT = Experiment(
             heads=2,
             batch_size=32,
             steps=1200,
+            unrolled_steps=400,
             sequences=1024,
         ),
         "tiny": Settings(
@@ -119,6 +122,7 @@ EXPERIMENT = Experiment(
             kernel=3,
             batch_size=2,
             steps=12,
+            unrolled_steps=2,
             more=1,
             sequences=8,
         ),

@@ -41,6 +41,8 @@ class Settings:
         width, heads: of the equilibrium.
         kernel: of the TCN.
         batch_size, steps: of the training of the four made of one block.
+        unrolled_steps: first updates of the equilibrium that are taken through as many plain applications of its block
+            as the tied network has.
         more: times as many updates that the LSTM, the GRU and the TCN get, which are cheaper by the update.
         sequences: scored at the end; a quarter of them on the way.
     """
@@ -56,7 +58,8 @@ class Settings:
     heads: int = 1
     kernel: int = 8
     batch_size: int = 8
-    steps: int = 400
+    steps: int = 600
+    unrolled_steps: int = 240
     more: int = 2
     sequences: int = 256
 
