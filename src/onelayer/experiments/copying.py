@@ -15,6 +15,7 @@ from onelayer.experiments.copying_setup import (
     arms,
     generator,
     memoryless,
+    rates,
     sequences,
     task,
     updates,
@@ -33,7 +34,7 @@ def plan(settings: Settings, rows: Sequence[Row]) -> list[Trial]:
     trials: list[Trial] = []
     for arm in arms(settings):
         units, choose_on = updates(settings, arm), [chooser] * len(tasks)
-        trials += with_chosen_rates(rows, tasks, [arm], settings.seeds, settings.rates, units, choose_on)
+        trials += with_chosen_rates(rows, tasks, [arm], settings.seeds, rates(settings, arm), units, choose_on)
     return sorted(trials, key=lambda trial: (trial.stage, trial.seed))
 
 
@@ -51,7 +52,7 @@ def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:
         unrolled_steps=settings.unrolled_steps,
         unrolled_layers=settings.layers,
         seed=trial.seed,
-        validate_every=max(steps // 16, 1),
+        validate_every=max(steps // 12, 1),
         device=settings.device,
         precision=settings.precision,
     )
@@ -64,7 +65,7 @@ def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:
 
     torch.manual_seed(trial.seed)
     model = LanguageModel(config, block).to(settings.device)
-    few = max(settings.sequences // 4, 1)
+    few = max(settings.sequences // 8, 1)
     row = learn(model, run, draw, lambda model: score(model, run, tokens[:few], targets[:few]), progress)
     model.eval()
     with torch.no_grad():
@@ -110,13 +111,15 @@ EXPERIMENT = Experiment(
             batch_size=32,
             steps=1200,
             unrolled_steps=400,
+            more=4,
             sequences=1024,
         ),
         "tiny": Settings(
             minutes=1,
             delays=(4, 8),
-            seeds=2,
+            seeds=1,
             rates=(3e-3,),
+            baseline_rates=(3e-3,),
             layers=2,
             width=16,
             kernel=3,

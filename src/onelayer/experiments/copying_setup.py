@@ -36,7 +36,9 @@ class Settings:
         device, precision: of the training.
         delays: blanks between the last symbol and the first that is asked for, a task each.
         seeds: paired, of weights and data.
-        rates: of learning, from which each arm chooses at the second delay, or the only one, with a seed of its own.
+        rates: of learning, from which each arm made of the block chooses at the second delay, or the only one, with a
+            seed of its own.
+        baseline_rates: from which the LSTM, the GRU and the TCN choose.
         layers: of the deep explicit network, and applications of the tied one.
         width, heads: of the equilibrium.
         kernel: of the TCN.
@@ -44,7 +46,7 @@ class Settings:
         unrolled_steps: first updates of the equilibrium that are taken through as many plain applications of its block
             as the tied network has.
         more: times as many updates that the LSTM, the GRU and the TCN get, which are cheaper by the update.
-        sequences: scored at the end; a quarter of them on the way.
+        sequences: scored at the end; an eighth of them on the way.
     """
 
     minutes: int
@@ -52,7 +54,8 @@ class Settings:
     precision: Precision = "float32"
     delays: tuple[int, ...] = (50, 100, 200)
     seeds: int = 3
-    rates: tuple[float, ...] = (1.5e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3)
+    baseline_rates: tuple[float, ...] = (2e-3, 6e-3)
     layers: int = 4
     width: int = 64
     heads: int = 1
@@ -161,3 +164,12 @@ def updates(settings: Settings, arm: str) -> int:
     30
     """
     return settings.steps * (settings.more if arm in _BLOCKS else 1)
+
+
+def rates(settings: Settings, arm: str) -> tuple[float, ...]:
+    """Rates of learning that an arm chooses from.
+
+    >>> rates(Settings(minutes=1, rates=(1e-3,)), "tied 4")
+    (0.001,)
+    """
+    return settings.baseline_rates if arm in _BLOCKS else settings.rates
