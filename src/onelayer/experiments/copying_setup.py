@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ def generator(seed: int, step: int | None = None) -> torch.Generator:
     return torch.Generator().manual_seed(2 * seed + 1 if step is None else 2 * (seed * 1_000_003 + step))
 
 
+@cache
 def arm_of(settings: Settings, name: str, delay: int) -> tuple[ModelConfig, Callable[[ModelConfig], Any] | None]:
     """Configuration of an arm, and its block where that is not the Transformer's; all have as many parameters.
 
@@ -133,10 +135,13 @@ def arm_of(settings: Settings, name: str, delay: int) -> tuple[ModelConfig, Call
         positions="relative",
     )
     if name not in _BLOCKS:
-        return twins(config, settings.layers)[name], None
+        return _twins(config, settings.layers)[name], None
     # Weight normalisation is the TCN's alone: it is part of it in the paper.
     whole = replace(config, depth="tied", layers=1, heads=1, kernel=settings.kernel, weight_norm=name == TCN)
     return as_large(whole, parameters(config), _BLOCKS[name]), _BLOCKS[name]
+
+
+_twins = cache(twins)  # widths are searched for, which takes about a second
 
 
 def arms(settings: Settings) -> list[str]:
@@ -145,7 +150,7 @@ def arms(settings: Settings) -> list[str]:
     >>> arms(Settings(minutes=1))
     ['equilibrium', 'explicit 1', 'explicit 4', 'tied 4', 'LSTM', 'GRU', 'TCN']
     """
-    return [*twins(ModelConfig(width=16, heads=1), settings.layers), *_BLOCKS]
+    return [*_twins(ModelConfig(width=16, heads=1), settings.layers), *_BLOCKS]
 
 
 def task(delay: int) -> str:
