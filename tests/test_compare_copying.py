@@ -244,7 +244,7 @@ def test_baselines_have_more_updates_and_rates_are_chosen_at_one_delay():
     settings = replace(experiment.presets["cpu"], steps=10, more=3)
     trials = experiment.plan(settings, [])
     assert {trial.stage for trial in trials} == {"choose"}
-    assert {trial.task for trial in trials} == {task(settings.delays[1])}
+    assert {trial.task for trial in trials} == {task(settings.delays[0])}
     assert {trial.arm: trial.units for trial in trials} == {arm: updates(settings, arm) for arm in arms(settings)}
     assert {updates(settings, arm) for arm in ("LSTM", "GRU", "TCN")} == {30}
     rows = [trial.key | {"score": trial.rate} for trial in trials]

@@ -30,10 +30,9 @@ from onelayer.presets import RunConfig, TrainingConfig
 def plan(settings: Settings, rows: Sequence[Row]) -> list[Trial]:
     """All delays, arms and seeds, after the rates of learning."""
     tasks = [task(delay) for delay in settings.delays]
-    chooser = tasks[min(1, len(tasks) - 1)]
     trials: list[Trial] = []
     for arm in arms(settings):
-        units, choose_on = updates(settings, arm), [chooser] * len(tasks)
+        units, choose_on = updates(settings, arm), [tasks[0]] * len(tasks)
         trials += with_chosen_rates(rows, tasks, [arm], settings.seeds, rates(settings, arm), units, choose_on)
     return sorted(trials, key=lambda trial: (trial.stage, trial.seed))
 

@@ -37,8 +37,7 @@ class Settings:
         device, precision: of the training.
         delays: blanks between the last symbol and the first that is asked for, a task each.
         seeds: paired, of weights and data.
-        rates: of learning, from which each arm made of the block chooses at the second delay, or the only one, with a
-            seed of its own.
+        rates: of learning, from which each arm made of the block chooses at the first delay, with a seed of its own.
         baseline_rates: from which the LSTM, the GRU and the TCN choose.
         layers: of the deep explicit network, and applications of the tied one.
         width, heads: of the equilibrium.
