@@ -132,8 +132,8 @@ EXPERIMENT = Experiment(
     plan=plan,
     measure=measure,
     tell=tell,
-    sceptic="The wait is always the same and the answer stands at a fixed distance, so a network that sees all tokens has "
-    "nothing to keep: it must only learn to look T + 10 positions back, and relative positions are made for that. "
+    sceptic="The wait is always the same and the answer stands at a fixed distance, so a network that sees all tokens "
+    "has nothing to keep: it must only learn to look T + 10 positions back, as relative positions are made for. "
     "What is shown is that an equilibrium trains to do so, not that it has a longer memory than recurrent "
     "networks, which must carry the symbols through a state of fixed size. Nor is the equilibrium needed for it. "
     "In trials beforehand the same block applied four times recalled as much for a third of the time, and a lower "
