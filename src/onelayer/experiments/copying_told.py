@@ -24,7 +24,7 @@ def tell(settings: Settings, rows: Sequence[Row]) -> Findings:
         return Findings()
     names = arms(settings)
     apart = score_table(rows, names, EQUILIBRIUM, "decades", "log10 of the share of the memoryless loss")
-    tables = [_losses(rows, names), apart, cost_table(rows, names)]
+    tables = [_losses(settings, rows), apart, cost_table(rows, names)]
     return Findings(tables, _claims(settings, rows), _drawings(settings, rows))
 
 
@@ -62,10 +62,10 @@ def _span(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _losses(rows: Sequence[Row], names: Sequence[str]) -> Table:
+def _losses(settings: Settings, rows: Sequence[Row]) -> Table:
     told = []
     for name in dict.fromkeys(row["task"] for row in measured(rows)):
-        for arm in names:
+        for arm in arms(settings):
             own = [row for row in measured(rows, name, arm) if FAILED not in row]
             if own:
                 losses, recalls = [row["score"] for row in own], [row["recall"] for row in own]
@@ -75,11 +75,11 @@ def _losses(rows: Sequence[Row], names: Sequence[str]) -> Table:
                     [name, arm, str(len(own)), *found, f"{statistics.fmean(recalls):.2%}", f"{min(recalls):.2%}"]
                 )
     columns = ("task", "arm", "seeds", "loss, nats", "lowest to highest", "of the memoryless", "recalled", "at least")
+    longer = f" They had {settings.more} times as many updates as the others." if settings.more > 1 else ""
     note = (
         "Mean cross entropy over all positions of sequences held back, and the share of the ten symbols that are named "
-        f"right, of which {1 / SYMBOLS:.1%} are by chance. T is the wait between the symbols and the "
-        "answer. The LSTM, the GRU and the TCN are as large as the equilibrium and had more updates than the others, "
-        "see the tokens in the table of costs."
+        f"right, of which {1 / SYMBOLS:.1%} are by chance. T is the wait between the symbols and the answer. The LSTM, "
+        f"the GRU and the TCN are as large as the equilibrium.{longer}"
     )
     return Table("Loss and recall", columns, told, note)
 
