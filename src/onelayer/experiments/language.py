@@ -46,14 +46,14 @@ class Settings:
     precision: Precision = "float32"
     texts: tuple[str, ...] = ()
     seeds: int = 5
-    rates: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
+    rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
     layers: int = 6
     width: int = 128
     heads: int = 4
     context: int = 64
     batch_size: int = 16
-    steps: int = 600
-    unrolled_steps: int = 60
+    steps: int = 400
+    unrolled_steps: int = 40
     windows: int = 256
 
 
