@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] not in ("scipy", "matplotlib"):
         raise
     EXPERIMENTS = {}
+    compare = plain = None
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,7 +45,7 @@ def _told(name: str) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if not EXPERIMENTS:
+    if compare is None or plain is None:
         raise UsageError("onelayer compare needs SciPy and matplotlib: install equilibria[compare].")
     if options.experiment not in EXPERIMENTS:
         raise UsageError(f"There is no experiment {options.experiment!r}: choose one of {', '.join(EXPERIMENTS)}.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from onelayer import corpora
 from onelayer.corpora import batches
@@ -76,11 +77,10 @@ def plan(settings: Settings, rows: Sequence[Row]) -> list[Trial]:
 
 def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:
     """One model trained on one corpus."""
-    assert trial.rate is not None
     training = TrainingConfig(
         steps=settings.steps,
         batch_size=settings.batch_size,
-        learning_rate=trial.rate,
+        learning_rate=trial.rate or settings.rates[0],
         warmup_steps=settings.steps // 20,
         unrolled_steps=settings.unrolled_steps,
         seed=trial.seed,
@@ -88,23 +88,33 @@ def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:
         device=settings.device,
         precision=settings.precision,
     )
-    config = RunConfig("compare", None, _arms(settings)[trial.arm], training)
     text = None if trial.task == OWN else next(t for t in settings.texts if Path(t).stem == trial.task)
-    torch.manual_seed(trial.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = corpora.prepare(text, Path(folder, "tokens"))
-        lengths = corpus.tokenizer.lengths
-        # On the way a quarter of the windows will do.
-        every = spread(corpus.validation, settings.context, settings.windows)
-        some = spread(corpus.validation, settings.context, max(settings.windows // 4, 1))
+    return learn_text(RunConfig("compare", text, _arms(settings)[trial.arm], training), settings.windows, progress)
 
-        def draw(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return batches.batch(corpus.train, step, settings.batch_size, settings.context, trial.seed)
+
+def learn_text(config: RunConfig, windows: int, progress: Progress) -> Row:
+    """Trains a language model on the text of a configuration; its score is in bits per byte of validation.
+
+    Args:
+        config: of the model, its training and its text.
+        windows: scored at the end; a quarter of them on the way.
+        progress: told of each step.
+    """
+    training, context = config.training, config.model.context
+    torch.manual_seed(training.seed)
+    model = LanguageModel(config.model).to(training.device)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = corpora.prepare(config.data, Path(folder, "tokens"))
+        lengths = corpus.tokenizer.lengths
+        every = spread(corpus.validation, context, windows)
+        some = spread(corpus.validation, context, max(windows // 4, 1))
+
+        def draw(step: int) -> tuple[Tensor, Tensor]:
+            return batches.batch(corpus.train, step, training.batch_size, context, training.seed)
 
         def bits(model: LanguageModel) -> Row:
             return {"score": score(model, config, some, lengths, progress=False)[0].bits_per_byte}
 
-        model = LanguageModel(config.model).to(settings.device)
         row = learn(model, config, draw, bits, progress, torch.from_numpy(lengths))
         (found,) = score(model, config, every, lengths, progress=False)
     row |= {"score": found.bits_per_byte, "corpus": corpus.fingerprint}
@@ -152,8 +162,8 @@ def tell(settings: Settings, rows: Sequence[Row]) -> Findings:
 
 
 _CAPTIONS = {
-    "updates": "Validation on the way, the mean over the seeds in a band from the best seed to the worst. All arms read "
-    "the same windows in the same order.",
+    "updates": "Validation on the way, the mean over the seeds in a band from the best seed to the worst. All arms "
+    "read the same windows in the same order.",
     "time": "The same against the time of the training on one thread, so that what an evaluation costs counts.",
 }
 

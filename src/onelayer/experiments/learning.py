@@ -108,7 +108,7 @@ def _solved(model: LanguageModel, rows: Tensor) -> Row:
     if not model.is_equilibrium:
         layers = float(model.config.layers)
         return {"forward": {"mean": layers, "p95": layers}, "backward": {"mean": layers, "p95": layers}}
-    column = dict(zip(COLUMNS, rows.unbind(1), strict=True))
+    column: dict[str, Tensor] = dict(zip(COLUMNS, rows.unbind(1), strict=True))
     found: Row = {"cap": model.config.max_steps, "residual": _quantiles(column["residual"])}
     for way, steps, failed in (("forward", "steps", "failed"), ("backward", "adjoint_steps", "adjoint_failed")):
         found[way] = _quantiles(column[steps]) | {"at_cap": float(column[failed].mean())}
@@ -174,9 +174,9 @@ def cost_table(rows: Sequence[Row], arms: Sequence[str]) -> Table:
                 told.append(_costs(task, arm, own))
     note = (
         "Evaluations are of a sample's solve, in the last tenth of the training and where the model is scored, and "
-        "layers for explicit networks; backward they are products with the transposed Jacobian. Residuals are relative, "
-        "the median and the 95th percentile when scored. Peak memory is what the tensors of a training step hold at "
-        "once beside weights and optimizer. CPU time is of the training alone, one thread. "
+        "layers for explicit networks; backward they are products with the transposed Jacobian. Residuals are "
+        "relative, the median and the 95th percentile when scored. Peak memory is what the tensors of a training "
+        "step hold at once beside weights and optimizer. CPU time is of the training alone, one thread. "
         f"Where more than {CAP_LIMIT:.0%} of the solves hit their cap the row is called a K-step network."
     )
     return Table("What each row took", COST_COLUMNS, told, " ".join([note, *failed]))

@@ -63,7 +63,7 @@ def page(
         *(_table(table) for table in findings.tables),
         f"<h2>What a sceptical reviewer would say</h2>\n<p>{escape(experiment.sceptic)}</p>",
         f"<h2>Again</h2>\n<pre>{escape(command)}</pre>\n"
-        f'<p class="after">{escape(machine(settings, results))} The raw results are in rows.jsonl beside this page.</p>',
+        f'<p class="after">{escape(machine(settings, results))} The raw results are in rows.jsonl.</p>',
     ]
     return html.document(experiment.title, parts)
 
@@ -182,8 +182,8 @@ def _table(table: Table) -> str:
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     note = f'\n<p class="after">{escape(table.note)}</p>' if table.note else ""
     return (
-        f'<h2>{escape(table.title)}</h2>\n<div class="scroll"><table class="dense"><thead><tr>{head}</tr></thead><tbody>\n'
-        f"{body}\n</tbody></table></div>{note}"
+        f'<h2>{escape(table.title)}</h2>\n<div class="scroll"><table class="dense"><thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{body}\n</tbody></table></div>{note}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +14,7 @@ from onelayer.experiments.statistics import measured
 from onelayer.report.drawing import FIRST, GRID, INK, MUTED, SECOND, THIRD, WIDE, canvas, legend_above
 
 # One look for each arm, in the order in which an experiment names them; the equilibrium comes first.
-LOOKS = (
+LOOKS: tuple[dict[str, Any], ...] = (
     {"color": FIRST, "linestyle": "-"},
     {"color": SECOND, "linestyle": "-"},
     {"color": THIRD, "linestyle": "-"},
@@ -74,7 +75,7 @@ def curves(
     return figure
 
 
-def _band(axes: Axes, runs: Sequence[Sequence[tuple[float, float]]], arm: str, look: Mapping[str, str]) -> None:
+def _band(axes: Axes, runs: Sequence[Sequence[tuple[float, float]]], arm: str, look: Mapping[str, Any]) -> None:
     columns = list(zip(*runs, strict=False))
     if not columns:
         return

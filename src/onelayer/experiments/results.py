@@ -64,11 +64,11 @@ class Results:
             UsageError: the disk is full.
         """
         row = trial.key | measured
-        with written(self._path, "make room on the disk, and give the command again to go on"):
-            with self._path.open("ab") as file:
-                file.write(json.dumps(row).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+        remedy = "make room on the disk, and give the command again to go on"
+        with written(self._path, remedy), self._path.open("ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
         self.rows.append(row)
 
     @property

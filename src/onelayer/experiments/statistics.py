@@ -18,10 +18,10 @@ class Paired(NamedTuple):
     mean: float
     low: float
     high: float
-    count: int
+    pairs: int
 
     def __str__(self) -> str:
-        if self.count < 2:
+        if self.pairs < 2:
             return f"{self.mean:+.3f} (one pair)"
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
@@ -94,6 +94,6 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     ('1.500 ± 0.707', '1.000')
     """
     if not values:
-        return "–"
+        return "-"
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"

@@ -24,7 +24,8 @@ class DEQConfig(PreTrainedConfig):
 
     Args:
         architecture, depth, layers, vocabulary, width, heads, context, block, positions, kernel, memory,
-            own_unembedding, cutoffs, dropout, weight_norm, jacobian_weight, jacobian_share, warm_start, rtol, max_steps, eval_max_steps,
+            own_unembedding, cutoffs, dropout, weight_norm, jacobian_weight,
+            jacobian_share, warm_start, rtol, max_steps, eval_max_steps,
             backward_rtol, backward_max_steps: see `onelayer.models.configuration.ModelConfig`.
 
     Raises:
