@@ -103,10 +103,8 @@ def verdict(findings: Findings) -> str:
     """
     if not findings.claims:
         return "Nothing was asked that would hold or not."
-    broken = [f"{claim.asked} ({claim.measured})" for claim in findings.claims if not claim.holds]
-    if not broken:
-        return "All that was asked holds."
-    return f"Of {len(findings.claims)} things asked, {len(broken)} did not hold: {'; '.join(broken)}."
+    broken = sum(not claim.holds for claim in findings.claims)
+    return f"Of {len(findings.claims)} things asked, {broken} did not hold." if broken else "All that was asked holds."
 
 
 def machine(settings: Any, results: Results) -> str:
