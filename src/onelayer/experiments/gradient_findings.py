@@ -162,11 +162,15 @@ def _cells(rows: Sequence[Row]) -> Table:
                         for values, form in zip(measures, forms, strict=True)
                     ]
                 )
-    failed = [
+    there = [row for row in measured(rows) if FAILED not in row]
+    notes = [
         f"{row['task']}, {row['arm']}, seed {row['seed']}: {row[FAILED]}" for row in measured(rows) if FAILED in row
     ]
+    redrawn = sum(row["redrawn"] > 0 for row in there)
+    if redrawn:
+        notes.append(f"{redrawn} of {len(there)} are of weights drawn anew, since the first had no such radius.")
     columns = ("cell", "seeds", "measured radius", "2-norm of J", "cond(I - J)")
-    return Table("The cells at their equilibria", columns, told, " ".join(failed))
+    return Table("The cells at their equilibria", columns, told, " ".join(notes))
 
 
 def _costs(rows: Sequence[Row], names: Sequence[str], radius: float, tolerance: float) -> Table:

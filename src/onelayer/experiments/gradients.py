@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import equilibria as eq
+from onelayer.errors import UsageError
 from onelayer.experiments.experiment import Experiment, Findings, Progress, Row, Trial
 from onelayer.experiments.gradient_findings import APPROXIMATE, IMPLICITS, UNROLLED, claims, drawings, tables
 from onelayer.experiments.gradient_subjects import (
@@ -24,6 +25,7 @@ from onelayer.experiments.gradient_subjects import (
 )
 from onelayer.presets import Device
 
+DRAWS = 8  # of a cell, until one can have the radius that is wanted
 _ADJOINTS: dict[str, eq.Adjoint] = {
     **{name: eq.Implicit(rtol=rtol) for name, rtol in IMPLICITS.items()},
     **APPROXIMATE,
@@ -68,8 +70,14 @@ def plan(settings: Settings, rows: Sequence[Row]) -> list[Trial]:
 def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:
     """A cell of that radius, and on it each adjoint at each tolerance."""
     radius = next(radius for radius in settings.radii if trial.arm == f"radius {radius:g}")
-    found = subject(_family(settings, trial), radius, trial.seed)
-    row: Row = {"wanted": radius, "radius": found.radius, "norm": found.norm, "condition": found.condition}
+    found, redrawn = _subject(settings, trial, radius)
+    row: Row = {
+        "wanted": radius,
+        "redrawn": redrawn,
+        "radius": found.radius,
+        "norm": found.norm,
+        "condition": found.condition,
+    }
     row["found"] = [
         {"adjoint": name, "tolerance": tolerance, **quality(found, adjoint, tolerance)}
         for name, adjoint in _ADJOINTS.items()
@@ -79,10 +87,21 @@ def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:
     return row
 
 
-def _family(settings: Settings, trial: Trial) -> Family:
+def _subject(settings: Settings, trial: Trial, radius: float) -> tuple[Subject, int]:
+    """The first of several draws that can have the radius: some Transformer blocks stay below 0.95 at any scale."""
+    for redrawn in range(DRAWS):
+        try:
+            return subject(_family(settings, trial, trial.seed + 1000 * redrawn), radius, trial.seed), redrawn
+        except UsageError:
+            if redrawn == DRAWS - 1:
+                raise
+    raise AssertionError
+
+
+def _family(settings: Settings, trial: Trial, seed: int) -> Family:
     if trial.task == TRANSFORMER:
-        return transformer_family(settings.token_width, settings.context, trial.seed, settings.device)
-    return tanh_family(settings.width, trial.task == NORMAL, trial.seed, settings.device)
+        return transformer_family(settings.token_width, settings.context, seed, settings.device)
+    return tanh_family(settings.width, trial.task == NORMAL, seed, settings.device)
 
 
 def quality(subject: Subject, adjoint: eq.Adjoint, tolerance: float) -> Row:
