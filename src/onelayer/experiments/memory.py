@@ -176,7 +176,7 @@ def _over_depths(settings: Settings, arm: _Arm, seed: int, progress: Progress) -
         )
         points.append({"depth": depth, **point, "ratios": ratios["step"]})
         progress(1)
-    return {"points": points, "reference": reference.counts(batch)}
+    return {"points": points}
 
 
 def _trained(settings: Settings, trial: Trial, progress: Progress) -> Row:

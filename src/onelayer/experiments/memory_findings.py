@@ -40,7 +40,7 @@ def claims(rows: Sequence[Row], reference: int) -> list[Claim]:
         told = f"{mebibytes(min(held.values()))} to {mebibytes(max(held.values()))} MiB, {rise:.1%} apart"
         found.append(Claim(asked, told, rise <= FLAT))
     name = f"the {reference}-layer explicit network of the same width"
-    explicit = [row["reference"]["bytes"] for row in measured(rows, DEPTH, IMPLICIT) if FAILED not in row]
+    explicit = [point["bytes"] for point in _points(rows, EXPLICIT) if point["depth"] == reference]
     if held and explicit:
         share = 1 - max(held.values()) / explicit[0]
         asked = f"At least {BELOW:.0%} less peak memory than {name}, at any such depth"
