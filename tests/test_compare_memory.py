@@ -12,7 +12,7 @@ import equilibria as eq
 from onelayer.experiments import memory, memory_findings
 from onelayer.experiments.experiment import Trial
 from onelayer.experiments.memory import EXPERIMENT, Settings
-from onelayer.experiments.memory_findings import DEPTH, EXPLICIT, IMPLICIT, TRAINED, WORKING, claims
+from onelayer.experiments.memory_findings import DEPTH, EXPLICIT, FIXED, IMPLICIT, TRAINED, WORKING, claims
 from onelayer.experiments.running import compare
 from onelayer.experiments.training_step import EVALUATION, GRADIENTS, GRAPH, PRODUCT, Step, interleaved, quartiles
 from onelayer.models.configuration import ModelConfig
@@ -91,7 +91,7 @@ def test_ratios_are_of_neighbours():
 
 
 def test_the_tiny_preset_runs_to_a_page(tmp_path: Path):
-    settings = replace(EXPERIMENT.presets["tiny"], depths=(8, 12), rounds=1)
+    settings = replace(EXPERIMENT.presets["tiny"], depths=(8, 12))
     findings = compare(EXPERIMENT, settings, tmp_path / "out", workers=1)
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == len(memory.plan(settings, []))
@@ -123,6 +123,7 @@ def rows_of(held: list[int], explicit: int, ratios: list[float], at_cap: float) 
     ]
     own = {"bytes": held[-1], "ratios": ratios}
     return [
+        Trial(DEPTH, FIXED, 0).key | {"points": points},
         Trial(DEPTH, IMPLICIT, 0).key | {"points": points},
         Trial(DEPTH, EXPLICIT, 0).key | {"points": [{"depth": 12, "bytes": explicit}, {"depth": 64, "bytes": 9999}]},
         Trial(TRAINED, "equilibrium", 0, 0.1).key

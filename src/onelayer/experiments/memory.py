@@ -21,7 +21,9 @@ from onelayer.experiments.memory_findings import (
     CHECKPOINTED,
     DEPTH,
     EXPLICIT,
+    FIXED,
     IMPLICIT,
+    PRODUCTS,
     TIED,
     TRAINED,
     WORKING,
@@ -45,7 +47,7 @@ class Settings:
         device, precision: of all steps.
         depths: layers of the explicit networks, and evaluations of the equilibria; `reference` is one of them.
         reference: layers of the explicit network of the same width that all are told in units of.
-        rounds: in which times are taken.
+        depth_rounds, rounds: in which times are taken, at each depth and of what was trained.
         seeds: of the equilibria that are trained.
         rate: of their learning.
         width, heads, context, batch_size: of all models.
@@ -58,7 +60,8 @@ class Settings:
     precision: Precision = "float32"
     depths: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 32, 64)
     reference: int = 12
-    rounds: int = 5
+    depth_rounds: int = 3
+    rounds: int = 7
     seeds: int = 3
     rate: float = 6e-3
     width: int = 128
@@ -96,7 +99,7 @@ def _arms(config: ModelConfig) -> dict[str, _Arm]:
         "OneStep": deq(eq.OneStep()),
         "Unrolled, checkpointed": deq(eq.Unrolled(checkpoint=True)),
         TIED: _Arm("tied"),
-        f"{IMPLICIT}, GMRES of 8 backward": deq(implicit(eq.GMRES(restart=8))),
+        FIXED: deq(eq.Implicit(eq.GMRES(), rtol=0.0, max_steps=PRODUCTS)),
         f"{IMPLICIT}, BiCGSTAB backward": deq(implicit(eq.BiCGSTAB())),
         f"{IMPLICIT}, plain iteration backward": deq(implicit(eq.Picard())),
         f"{IMPLICIT}, plain iteration forward": deq(implicit(), eq.Picard()),
@@ -171,7 +174,7 @@ def _over_depths(settings: Settings, arm: _Arm, seed: int, progress: Progress) -
         ratios = interleaved(
             {"step": lambda _, step=step, allowed=allowed: step(batch, allowed)},
             lambda _: reference(batch),
-            settings.rounds,
+            settings.depth_rounds,
             settings.device,
         )
         points.append({"depth": depth, **point, "ratios": ratios["step"]})
@@ -256,6 +259,7 @@ EXPERIMENT = Experiment(
             minutes=30,
             device="cuda",
             precision="bfloat16",
+            depth_rounds=9,
             rounds=15,
             rate=1e-3,
             width=512,
@@ -269,7 +273,8 @@ EXPERIMENT = Experiment(
         "tiny": Settings(
             minutes=1,
             depths=(8, 12),
-            rounds=2,
+            depth_rounds=1,
+            rounds=1,
             seeds=1,
             width=32,
             heads=2,

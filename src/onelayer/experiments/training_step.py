@@ -134,13 +134,15 @@ class Step:
         solution = self(batch, max_steps)
         row = {"forward": self.tally.forward, "backward": self.tally.backward}
         if solution is not None:
-            products = solution.adjoint.steps
+            products, status = solution.adjoint.steps, solution.adjoint.status
+            unsolved = None if status is None else float((status != eq.Status.CONVERGED).double().mean())
             row |= {
                 "evaluations": solution.evaluations,
                 "steps": float(solution.steps.double().mean()),
                 "products": None if products is None else float(products.double().mean()),
                 "residual": float(solution.residual.median()),
                 "at_cap": float((~solution.converged).double().mean()),
+                "backward_at_cap": unsolved,
             }
         del solution
         return row | {"bytes": peak_bytes(lambda: self(batch, max_steps), self.device.type)}
