@@ -61,9 +61,9 @@ def learn(
     x = y = torch.zeros(0)
     for step in range(training.steps):
         x, y = draw(step)
-        start = _clock(device)
+        start = clock(device)
         found = advance(learner, x, y, torch.ones_like(y) if lengths is None else lengths[y], step)
-        spent += _clock(device) - start
+        spent += clock(device) - start
         tokens += x.numel()
         if step >= int(0.9 * training.steps):
             solves.append(found.rows)
@@ -85,8 +85,14 @@ def learn(
     return row | {"peak_memory_bytes": peak_bytes(step_again, device.type)}
 
 
-def _clock(device: torch.device) -> float:
-    # Of this process alone on a CPU, where others may want the cores; a GPU is waited for.
+def clock(device: torch.device) -> float:
+    """Seconds, to take differences of: those of this process alone on a CPU, which others may share.
+
+    A GPU is waited for.
+
+    >>> 0 <= clock(torch.device("cpu"))
+    True
+    """
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize(device)
