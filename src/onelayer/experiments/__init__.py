@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from onelayer.experiments import blocks, language
+from onelayer.experiments import blocks, language, restarts
 from onelayer.experiments.experiment import Experiment
 from onelayer.experiments.running import compare
 
-EXPERIMENTS: dict[str, Experiment[Any]] = {module.EXPERIMENT.name: module.EXPERIMENT for module in (blocks, language)}
+EXPERIMENTS: dict[str, Experiment[Any]] = {module.EXPERIMENT.name: module.EXPERIMENT for module in (blocks, language, restarts)}
 
 __all__ = ["EXPERIMENTS", "compare"]
