@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -157,9 +158,9 @@ def test_the_gradient_of_the_equilibrium_is_right():
 # Starts.
 
 
-def some(cells: list[list[list[int]]], right: list[list[int]], residual: list[list[float]]) -> Answers:
+def some(cells: list[list[list[int]]], right: list[list[int]], residual: list[list[float]], steps) -> Answers:
     known = torch.tensor(right).bool()
-    return Answers(torch.tensor(cells), known, torch.tensor(residual), known, known.double(), ())
+    return Answers(torch.tensor(cells), known, torch.tensor(residual), known, torch.tensor(steps).double(), ())
 
 
 def test_an_answer_is_chosen_by_residual_by_vote_or_by_one_who_knows():
@@ -167,11 +168,13 @@ def test_an_answer_is_chosen_by_residual_by_vote_or_by_one_who_knows():
         [[[1], [2], [2], [3]], [[1], [2], [3], [4]]],
         [[1, 0, 0, 0], [0, 0, 1, 0]],
         [[0.1, 0.3, 0.2, 0.4], [0.3, 0.2, 0.1, 0.4]],
+        [[9, 5, 5, 6], [8, 9, 7, 7]],
     )
-    # Of the first the residual finds the right one, and two wrong ones outvote it; of the second all are one of a kind.
-    assert solved(found, 4) == {"residual": 1.0, "vote": 0.5, "any": 1.0}
-    assert solved(found, 1) == {"residual": 0.25, "vote": 0.25, "any": 0.25}
-    assert solved(found, 2) == {"residual": 0.5, "vote": 0.5, "any": 0.5}
+    # Of the first the residual finds the right one, and two wrong ones outvote it and are sooner there; of the second
+    # all are one of a kind, and of the two that are soonest there the residual knows the right one.
+    assert solved(found, 4) == {"residual": 1.0, "steps": 0.5, "vote": 0.5, "any": 1.0}
+    assert solved(found, 1) == {"residual": 0.25, "steps": 0.25, "vote": 0.25, "any": 0.25}
+    assert solved(found, 2) == {"residual": 0.5, "steps": 0.25, "vote": 0.5, "any": 0.5}
     assert agreement(found) == {"pairs": pytest.approx((1 / 6 + 0) / 2), "samples": 0.0}
 
 
@@ -219,7 +222,7 @@ def test_random_starts_are_drawn_anew_and_leave_the_gradient_of_the_equilibrium(
     assert len(begun) == (3 if noise is None else 7)
     assert "start" not in begun[0]
     starts = [named["start"] for named in begun[1:]]
-    for one, other in zip(starts, starts[1:], strict=False):
+    for one, other in pairwise(starts):
         assert (one - other).abs().max() > 0.1
     assert starts[0].std() == pytest.approx(1, rel=0.1)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0.1, atol=1e-2)
@@ -263,11 +266,18 @@ def made_up(gain: float, area_: float | None, deeper: float, agree: float, tied:
         wobble = 0.01 * seed
         for arm in SOLVING:
             ways = [
-                [k, dict.fromkeys(("residual", "vote", "any"), 0.6 + gain * (k > 1) + wobble * k)] for k in (1, 2, 4)
+                [k, dict.fromkeys(("residual", "steps", "vote", "any"), 0.6 + gain * (k > 1) + wobble * k)]
+                for k in (1, 2, 4)
             ]
             rows.append(
                 own
-                | {"arm": arm, "restarts": ways, "area": None if area_ is None else area_ + wobble, "zeros": 0.5}
+                | {
+                    "arm": arm,
+                    "restarts": ways,
+                    "area": None if area_ is None else area_ + wobble,
+                    "zeros": 0.5,
+                    "steps_area": 0.7,
+                }
                 | {"depth": [[2, 0.1], [16, 0.5 + deeper]], "cap": 16}
                 | {"agreement": {"pairs": 0.5 + wobble + (agree if arm != "equilibrium" else 0), "samples": 0.1}}
             )

@@ -60,7 +60,7 @@ class Settings:
     minutes: int
     device: Device = "cpu"
     seeds: int = 3
-    rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
+    rates: tuple[float, ...] = (1e-3, 2.5e-3, 6e-3)
     layers: int = 4
     width: int = 48
     heads: int = 3
@@ -160,6 +160,7 @@ def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:
         "restarts": [[count, solved(found, count)] for count in settings.counts],
         "agreement": agreement(found),
         "area": area(-found.residual, found.right),
+        "steps_area": area(-found.steps, found.right),
     }
 
 

@@ -10,7 +10,12 @@ from onelayer.experiments.statistics import Paired, measured, paired, spread
 
 Number = Callable[[Row], float | None]
 
-WAYS = {"residual": "smallest residual", "vote": "majority", "any": "any is right"}
+WAYS = {
+    "residual": "smallest residual",
+    "steps": "fewest evaluations",
+    "vote": "majority",
+    "any": "any is right",
+}
 
 
 def apart(rows: Sequence[Row], arm: str, numbers: Mapping[str, Number]) -> list[Row]:
@@ -78,6 +83,7 @@ def paths_table(rows: Sequence[Row], arms: Sequence[str]) -> Table:
         "two starts agree": lambda row: row["agreement"]["pairs"],
         "all starts agree": lambda row: row["agreement"]["samples"],
         "area of the residual": lambda row: row["area"],
+        "area of the evaluations": lambda row: row["steps_area"],
     }
     told = []
     for arm in arms:
@@ -86,7 +92,8 @@ def paths_table(rows: Sequence[Row], arms: Sequence[str]) -> Table:
             told.append([arm, *(spread([row["score"] for row in found if row["arm"] == name]) for name in numbers)])
     note = (
         "Agreeing starts give the same answer in every cell, right or wrong. The area is how often a right answer has "
-        "a smaller residual than a wrong one, over all puzzles and starts of a seed; 0.5 is chance."
+        "a smaller residual, or took fewer evaluations, than a wrong one, over all puzzles and starts of a seed, ties "
+        "half; 0.5 is chance."
     )
     return Table("Whether the start matters, and what the residual knows", ("arm", *numbers), told, note)
 
@@ -152,8 +159,9 @@ def drawings(rows: Sequence[Row], task: str, arms: Sequence[str], solving: Seque
 _TOLD = {
     "starts": (
         "Solved from so many starts",
-        "By how one of their answers is chosen: the smallest residual, the answer that most starts give, or by someone "
-        "who knows the right one. The mean over the seeds in a band from the worst to the best.",
+        "By how one of their answers is chosen: the smallest residual, the fewest evaluations, the answer that most "
+        "starts give, or by someone who knows the right one. The mean over the seeds "
+        "in a band from the worst to the best.",
     ),
     "depth": (
         "Solved within so many evaluations",

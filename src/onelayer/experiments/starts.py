@@ -132,16 +132,18 @@ def solved(found: Answers, count: int) -> dict[str, float]:
         count: starts of a group.
 
     Returns:
-        `"residual"` takes the answer with the smallest one; `"vote"` the one that most starts gave, and of several such
-        the one with the smallest residual; `"any"` knows the right one where some start found it, and is a bound.
+        `"residual"` takes the answer with the smallest one, `"steps"` that of the solve with the fewest evaluations,
+        `"vote"` the one that most starts gave, and of several such the one with the smallest residual; `"any"` knows
+        the right one where some start found it, and is a bound.
     """
-    shares: dict[str, list[float]] = {"residual": [], "vote": [], "any": []}
+    shares: dict[str, list[float]] = {"residual": [], "steps": [], "vote": [], "any": []}
     for group in torch.arange(found.right.shape[1]).split(count):
-        right, residual, cells = found.right[:, group], found.residual[:, group], found.cells[:, group]
+        right, residual, steps = found.right[:, group], found.residual[:, group], found.steps[:, group]
+        cells = found.cells[:, group]
         votes = (cells[:, :, None] == cells[:, None]).all(3).sum(2)
-        most = votes == votes.amax(1, keepdim=True)
-        by_vote = torch.where(most, residual, torch.inf)
-        for name, criterion in (("residual", residual), ("vote", by_vote)):
+        fewest, most = steps == steps.amin(1, keepdim=True), votes == votes.amax(1, keepdim=True)
+        for name, allowed in (("residual", None), ("steps", fewest), ("vote", most)):
+            criterion = residual if allowed is None else torch.where(allowed, residual, torch.inf)
             best = criterion.argmin(1, keepdim=True)
             shares[name].append(float(right.gather(1, best).double().mean()))
         shares["any"].append(float(right.any(1).double().mean()))
