@@ -264,9 +264,10 @@ def made_up(gain: float, area_: float | None, deeper: float, agree: float, tied:
         own = {"task": TASK, "seed": seed, "stage": "measure", "rate": 1e-3, "curve": [[1, 1.0, 0.5]]}
         own |= {"forward": {"mean": 4.0}, "parameters": 9, "parameters_without_embeddings": 9, "score": 0.4}
         wobble = 0.01 * seed
+        gain_, deeper_, agree_ = (value * (1 + wobble) for value in (gain, deeper, agree))
         for arm in SOLVING:
             ways = [
-                [k, dict.fromkeys(("residual", "steps", "vote", "any"), 0.6 + gain * (k > 1) + wobble * k)]
+                [k, dict.fromkeys(("residual", "steps", "vote", "any"), 0.6 + gain_ * (k > 1) + wobble * k)]
                 for k in (1, 2, 4)
             ]
             rows.append(
@@ -278,8 +279,8 @@ def made_up(gain: float, area_: float | None, deeper: float, agree: float, tied:
                     "zeros": 0.5,
                     "steps_area": 0.7,
                 }
-                | {"depth": [[2, 0.1], [16, 0.5 + deeper]], "cap": 16}
-                | {"agreement": {"pairs": 0.5 + wobble + (agree if arm != "equilibrium" else 0), "samples": 0.1}}
+                | {"depth": [[2, 0.1], [16, 0.5 + deeper_]], "cap": 16}
+                | {"agreement": {"pairs": 0.5 + wobble + (agree_ if arm != "equilibrium" else 0), "samples": 0.1}}
             )
         rows.append(own | {"arm": "tied 2", "score": 1 - tied, "depth": [[2, 0.1], [16, 0.2]]})
     return rows

@@ -32,7 +32,7 @@ class RandomStarts(nn.Module):
 
     Source: random starts after Anil et al., "Path Independent Equilibrium Models Can Better Exploit Test-Time
     Computation", 2022 (arXiv:2211.09961); with noise after Huang, Geng and Kolter, "Equilibrium Reasoners", 2026
-    (arXiv:2605.21488), who add it at every step and differentiate through the steps, which is not done here.
+    (arXiv:2605.21488), who add it at every step and differentiate through the last of them, which is not done here.
     """
 
     def __init__(self, model: LanguageModel, noise: float | None = None) -> None:
