@@ -282,7 +282,7 @@ def made_up(gain: float, area_: float | None, deeper: float, agree: float, tied:
                 | {"depth": [[2, 0.1], [16, 0.5 + deeper_]], "cap": 16}
                 | {"agreement": {"pairs": 0.5 + wobble + (agree_ if arm != "equilibrium" else 0), "samples": 0.1}}
             )
-        rows.append(own | {"arm": "tied 2", "score": 1 - tied, "depth": [[2, 0.1], [16, 0.2]]})
+        rows.append(own | {"arm": "tied 2", "score": 1 - tied + wobble, "depth": [[2, 0.1], [16, 0.2]]})
     return rows
 
 

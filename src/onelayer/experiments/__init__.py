@@ -6,6 +6,8 @@ from onelayer.experiments import blocks, language, restarts
 from onelayer.experiments.experiment import Experiment
 from onelayer.experiments.running import compare
 
-EXPERIMENTS: dict[str, Experiment[Any]] = {module.EXPERIMENT.name: module.EXPERIMENT for module in (blocks, language, restarts)}
+EXPERIMENTS: dict[str, Experiment[Any]] = {
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (blocks, language, restarts)
+}
 
 __all__ = ["EXPERIMENTS", "compare"]

@@ -72,6 +72,9 @@ def curves(
         axes.set_xlabel(labels[0])
     grid[0].set_ylabel(labels[1])
     legend_above(grid[0])
+    legend = grid[0].get_legend()
+    if legend is not None and len(grid) > 1:
+        legend.set_in_layout(False)  # it reaches over all panels, and would push them apart
     return figure
 
 
