@@ -356,7 +356,7 @@ def test_the_language_models_run_and_their_claims_follow_the_rows(tmp_path: Path
     arguments = ["compare", "language", "--preset", "tiny", "--data", str(text), "--out", str(folder), "--workers", "1"]
     code = main(arguments)
     rows = rows_of(folder)
-    assert len(rows) == 2 * 4 * 2
+    assert len(rows) == 2 * 4 * 2 + 2
     assert {row["task"] for row in rows} == {"python", "book"}
     assert len({row["corpus"] for row in rows}) == 2
     out = capsys.readouterr().out

@@ -16,7 +16,7 @@ from onelayer.experiments.arms import EQUILIBRIUM, ONE_LAYER, twins
 from onelayer.experiments.experiment import FAILED, Claim, Drawing, Experiment, Findings, Progress, Row, Trial
 from onelayer.experiments.learning import cost_table, is_cut_off, learn, score_table, with_chosen_rates
 from onelayer.experiments.plots import curves
-from onelayer.experiments.statistics import measured, paired
+from onelayer.experiments.statistics import best_rate, measured, paired
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import LanguageModel
 from onelayer.presets import Device, Precision, RunConfig, TrainingConfig
@@ -37,6 +37,8 @@ class Settings:
         seeds: paired, of weights and windows.
         rates: of learning, from which each arm chooses on Python's source with a seed of its own.
         layers: of the deep explicit network, and applications of the tied one.
+        longer: times as many updates that one explicit layer gets on Python's source in an arm of its own, for about
+            the time that the equilibrium takes.
         width, heads, context, batch_size, steps: of the equilibrium and of all trainings.
         unrolled_steps: first updates of the equilibrium that are taken through four plain applications.
         windows: scored at the end; a quarter of them on the way.
@@ -47,8 +49,9 @@ class Settings:
     precision: Precision = "float32"
     texts: tuple[str, ...] = ()
     seeds: int = 5
-    rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
+    rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
     layers: int = 6
+    longer: int = 8
     width: int = 128
     heads: int = 4
     context: int = 64
@@ -60,7 +63,12 @@ class Settings:
 
 def _arms(settings: Settings) -> dict[str, ModelConfig]:
     config = ModelConfig(width=settings.width, heads=settings.heads, context=settings.context)
-    return twins(config, settings.layers)
+    arms = twins(config, settings.layers)
+    return arms | {_long_trained(settings): arms[ONE_LAYER]}
+
+
+def _long_trained(settings: Settings) -> str:
+    return f"{ONE_LAYER}, {settings.longer} times the updates"
 
 
 def _tasks(settings: Settings) -> list[str]:
@@ -69,22 +77,28 @@ def _tasks(settings: Settings) -> list[str]:
 
 def plan(settings: Settings, rows: Sequence[Row]) -> list[Trial]:
     """All corpora, arms and seeds, after the rates of learning."""
-    tasks, arms = _tasks(settings), list(_arms(settings))
-    return with_chosen_rates(
+    tasks, long = _tasks(settings), _long_trained(settings)
+    arms = [arm for arm in _arms(settings) if arm != long]
+    trials = with_chosen_rates(
         rows, tasks, arms, settings.seeds, settings.rates, settings.steps, choose_on=[OWN] * len(tasks)
     )
+    rate = best_rate(rows, OWN, ONE_LAYER, settings.rates)
+    if rate is not None:
+        updates = settings.longer * settings.steps
+        trials += [Trial(OWN, long, seed, rate, units=updates) for seed in range(settings.seeds)]
+    return sorted(trials, key=lambda trial: (trial.stage, trial.seed))
 
 
 def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:
     """One model trained on one corpus."""
     training = TrainingConfig(
-        steps=settings.steps,
+        steps=trial.units,
         batch_size=settings.batch_size,
         learning_rate=trial.rate or settings.rates[0],
         warmup_steps=settings.steps // 20,
         unrolled_steps=settings.unrolled_steps,
         seed=trial.seed,
-        validate_every=max(settings.steps // 12, 1),
+        validate_every=max(trial.units // 12, 1),
         device=settings.device,
         precision=settings.precision,
     )
@@ -131,7 +145,7 @@ def learn_text(config: RunConfig, windows: int, progress: Progress) -> Row:
 def tell(settings: Settings, rows: Sequence[Row]) -> Findings:
     """Bits per byte, what it took, and whether the equilibrium did as well."""
     arms, tasks = list(_arms(settings)), _tasks(settings)
-    tied = arms[-1]
+    tied = f"tied {settings.layers}"
     claims = []
     for task in tasks:
         better = paired(rows, task, ONE_LAYER, EQUILIBRIUM)
