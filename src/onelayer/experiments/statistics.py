@@ -48,8 +48,9 @@ def paired(rows: Iterable[Row], task: str, arm: str, other: str, name: str = "sc
         return None
     if len(gaps) == 1 or not all(map(math.isfinite, gaps)):
         return Paired(statistics.fmean(gaps), math.nan, math.nan, len(gaps))
-    low, high = stats.ttest_1samp(gaps, 0.0).confidence_interval(0.95)
-    return Paired(statistics.fmean(gaps), float(low), float(high), len(gaps))
+    mean = statistics.fmean(gaps)
+    half = float(stats.t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return Paired(mean, mean - half, mean + half, len(gaps))
 
 
 def measured(rows: Iterable[Row], task: str | None = None, arm: str | None = None) -> list[Row]:
