@@ -10,7 +10,7 @@ import torch
 
 import equilibria as eq
 from onelayer.experiments import memory, memory_findings
-from onelayer.experiments.experiment import Trial
+from onelayer.experiments.experiment import Findings, Trial
 from onelayer.experiments.memory import EXPERIMENT, Settings
 from onelayer.experiments.memory_findings import DEPTH, EXPLICIT, FIXED, IMPLICIT, TRAINED, WORKING, claims
 from onelayer.experiments.running import compare
@@ -153,4 +153,4 @@ def test_claims_hold_or_not(change: dict, broken: set[int]):
 
 def test_nothing_is_claimed_of_rows_that_are_not_there():
     assert claims([], 12) == []
-    assert EXPERIMENT.tell(EXPERIMENT.presets["tiny"], []).tables == []
+    assert EXPERIMENT.tell(EXPERIMENT.presets["tiny"], []) == Findings()

@@ -144,7 +144,7 @@ def quality(subject: Subject, adjoint: eq.Adjoint, tolerance: float) -> Row:
 
 def tell(settings: Settings, rows: Sequence[Row]) -> Findings:
     """Errors and cosines by adjoint, radius and tolerance, and whether they follow their laws."""
-    return Findings(tables(rows), claims(rows), drawings(rows))
+    return Findings(tables(rows), claims(rows), drawings(rows)) if rows else Findings()
 
 
 EXPERIMENT = Experiment(

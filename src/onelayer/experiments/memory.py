@@ -49,11 +49,9 @@ class Settings:
         depths: layers of the explicit networks, and evaluations of the equilibria; `reference` is one of them.
         reference: layers of the explicit network of the same width that all are told in units of.
         depth_rounds, rounds: in which times are taken, at each depth and of what was trained.
-        seeds: of the equilibria that are trained.
-        rate: of their learning.
+        seeds, rate: of the equilibria that are trained, and of their learning.
         width, heads, context, batch_size: of all models.
-        steps, unrolled_steps: of the training, and those of them that take four plain applications.
-        windows: scored at its end.
+        steps, unrolled_steps, windows: of the training, those that take four plain applications, scored at its end.
     """
 
     minutes: int
@@ -208,10 +206,9 @@ def _trained(settings: Settings, trial: Trial, progress: Progress) -> Row:
             return {"score": found.bits_per_byte}
 
         row = learn(step.model, config, draw, bits, progress, torch.from_numpy(corpus.tokenizer.lengths))
-        later: list[Batch] = []
-        for k in range(settings.rounds + 1):  # windows that the weights have not been fitted to yet
-            x, y = draw(settings.steps + k)
-            later.append((x.to(settings.device), y.to(settings.device)))
+        # Windows that the weights have not been fitted to yet.
+        numbers = range(settings.steps, settings.steps + settings.rounds + 1)
+        later = [(x.to(settings.device), y.to(settings.device)) for x, y in map(draw, numbers)]
     reference = _explicit(settings)
     row |= {"reference": reference.counts(later[-1])}
     row["settings"] = {
@@ -287,17 +284,15 @@ EXPERIMENT = Experiment(
     plan=plan,
     measure=measure,
     tell=tell,
-    sceptic="The explicit network that is beaten by 60% keeps every activation. Checkpointed layer by layer, a tied "
-    "network of 12 applications holds less than half of what the equilibrium does, and only near 64 applications "
-    "as much: what is constant in depth is a constant of two graphs of the block, six differences twice and the "
-    "basis of GMRES, which at the depths of practice is no small one. It can be had for a third more time, and "
-    "the equilibrium takes a tenth more. Nor is that memory a single number: the basis is made in blocks of eight "
-    "vectors, so that one product more or less moves it by a twelfth, and flatness to 2% is shown where the "
-    "number of products is held fixed. The time is that of the loose tolerances of the training (5e-3 forward, "
-    "3e-2 backward): solved to 1e-4 both ways, as in 2019 or so, a step takes twice the explicit network's time "
-    "and more, which is the old figure again. It is also that of a small model, trained for 200 updates, whose "
-    "block plain iteration does not even bring to its tolerance; longer training lets evaluations grow. And the "
-    "network it is compared with has twelve times the parameters: at equal parameters the explicit one would be "
-    "narrower and quicker. What is compared is how a depth is paid for, not what it is good for. Processor time "
-    "of one thread on shared cores says little about a GPU, where the many small kernels of a solver cost more.",
+    sceptic="The explicit network that is beaten by 60% keeps every activation. Checkpointed layer by layer, a tied network "
+    "of 12 applications holds less than half of what the equilibrium does, and only near 64 applications as much: "
+    "what is constant in depth is a constant of two graphs, a history and a basis, which at the depths of practice "
+    "is no small one. It can be had for a third more time, and the equilibrium takes a tenth more. Nor is that "
+    "memory a single number: the basis is made in blocks of eight vectors, so that one product more or less moves "
+    "it by a twelfth, and flatness to 2% is shown where the number of products is held fixed. The time is that of "
+    "the loose tolerances of the training (5e-3 forward, 3e-2 backward): solved to 1e-4 both ways, a step takes "
+    "twice the explicit network's time and more, which is the old figure again. The model is small and trained for "
+    "200 updates; longer training lets evaluations grow. And the network it is compared with has twelve times the "
+    "parameters: at equal parameters the explicit one would be narrower and quicker. Time of one CPU thread says "
+    "little about a GPU, where the small kernels of a solver cost more.",
 )
