@@ -289,12 +289,12 @@ EXPERIMENT = Experiment(
     sceptic="The explicit network that is beaten by 60% keeps every activation. Checkpointed layer by layer, a tied "
     "network of 12 applications holds less than half of what the equilibrium does, and only near 64 applications as "
     "much: what is constant in depth is a constant of two graphs, a history and a basis, which at the depths of "
-    "practice is no small one. It can be had for a third more time, and the equilibrium takes a tenth more. Nor is "
-    "that memory a single number: the basis is made in blocks of eight vectors, so that one product more or less "
-    "moves it by a twelfth, and flatness to 2% is shown where the number of products is held fixed. The time is that "
-    "of the loose tolerances of the training (5e-3 forward, 3e-2 backward): solved to 1e-4 both ways, a step takes "
-    "twice the explicit network's time and more, which is the old figure again. The model is small and trained for "
-    "200 updates; longer training lets evaluations grow. And the network it is compared with has twelve times the "
+    "practice is no small one. Checkpoints cost a third more time than the explicit network, the equilibrium a tenth. "
+    "Nor is that memory a single number: the basis is made in blocks of eight vectors, so that one product more or "
+    "less moves it by a twelfth, and flatness to 2% is shown where the number of products is held fixed. The time is "
+    "that of the loose tolerances of the training (5e-3 forward, 3e-2 backward): solved to 1e-4 both ways, a step "
+    "takes twice the explicit network's time and more, which is the old figure again. The model is small and trained "
+    "for 200 updates; longer training lets evaluations grow. And the network it is compared with has twelve times the "
     "parameters: at equal parameters the explicit one would be narrower and quicker. Time of one CPU thread says "
     "little about a GPU, where the small kernels of a solver cost more.",
 )
