@@ -91,7 +91,7 @@ def test_a_training_that_diverges_is_a_row_and_loses_the_choice(tmp_path: Path):
     assert {row["arm"] for row in rows if FAILED in row} == {"diverges"}
     assert len(measured(rows)) == 2
     text = (tmp_path / "out" / "section.md").read_text()
-    assert "of which 3 diverged" in text
+    assert "of which 3 ended in nothing" in text
     assert "**does not hold**" in text
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Made up &lt;b&gt;" in page

@@ -116,8 +116,8 @@ def machine(settings: Any, results: Results) -> str:
     """
     failed = sum(FAILED in row for row in results.rows)
     where = torch.cuda.get_device_name() if settings.device == "cuda" else "a CPU, one thread a trial"
-    diverged = f", of which {failed} diverged" if failed else ""
-    return f"{len(results.rows)} trials{diverged}, on {where}; PyTorch {torch.__version__.partition('+')[0]}."
+    without = f", of which {failed} ended in nothing" if failed else ""
+    return f"{len(results.rows)} trials{without}, on {where}; PyTorch {torch.__version__.partition('+')[0]}."
 
 
 def plain(findings: Findings) -> str:
