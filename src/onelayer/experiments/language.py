@@ -223,17 +223,18 @@ EXPERIMENT = Experiment(
     measure=measure,
     tell=tell,
     sceptic=(
-        "This is a comparison at equal parameters and equal updates, and the equilibrium pays for each update ten times "
-        "what the explicit layer of its size does, and twice what the tied network does. In equal time it loses: the "
-        "explicit layer that is given eight times the updates, and still less time, is a third of a bit ahead, because "
-        "it has read eight times as much. All arms are far from having learnt what they can, after 0.4 million bytes; "
-        "which of them is best in the end is not known from here. The six different layers are narrow and stacked from "
-        "the block that suits the equilibrium, normalised last and fed the text at every layer; a network of six "
-        "layers would be built otherwise and might learn faster, so that this row is no measure of explicit depth. The "
-        "tied network of six applications is the one that counts: it does as well within noise, at half the time and "
-        "half again the memory, so the equilibrium itself, beyond the tying, has shown no gain in quality. What it has "
-        "is the memory, and a depth that can be chosen afterwards. The rate of learning was chosen on one seed and one "
-        "corpus from four that lie a factor of two apart. That the order is that of the paper of 2019 (perplexity 35.8 "
-        "for four layers, 34.9 tied, 32.4 for the equilibrium, at 4.5 million parameters) is no reproduction of it."
+        "This is a comparison at equal parameters and equal updates, and the equilibrium pays for each update ten "
+        "times what the explicit layer of its size does, and twice what the tied network does. In equal time it "
+        "loses: the explicit layer that is given eight times the updates, and still less time, is a third of a bit "
+        "ahead, because it has read eight times as much. All arms are far from having learnt what they can, after 0.4"
+        " million bytes; which of them is best in the end is not known from here. The six different layers are narrow"
+        " and stacked from the block that suits the equilibrium, normalised last and fed the text at every layer; a "
+        "network of six layers would be built otherwise and might learn faster, so that this row is no measure of "
+        "explicit depth. The tied network of six applications is the one that counts: it does as well within noise, "
+        "at half the time and half again the memory, so the equilibrium itself, beyond the tying, has shown no gain "
+        "in quality. What it has is the memory, and a depth that can be chosen afterwards. The rate of learning was "
+        "chosen on one seed and one corpus from four that lie a factor of two apart. That the order is that of the "
+        "paper of 2019 (perplexity 35.8 for four layers, 34.9 tied, 32.4 for the equilibrium, at 4.5 million "
+        "parameters) is no reproduction of it."
     ),
 )
