@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from onelayer.experiments import blocks, language
+from onelayer.experiments import blocks, language, tracking
 from onelayer.experiments.experiment import Experiment
 from onelayer.experiments.running import compare
 
-EXPERIMENTS: dict[str, Experiment[Any]] = {module.EXPERIMENT.name: module.EXPERIMENT for module in (blocks, language)}
+EXPERIMENTS: dict[str, Experiment[Any]] = {
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (blocks, language, tracking)
+}
 
 __all__ = ["EXPERIMENTS", "compare"]
