@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import equilibria as eq
 from onelayer.experiments import EXPERIMENTS, compare
 from onelayer.experiments.arms import EQUILIBRIUM, parameters
-from onelayer.experiments.attentive import AttentiveTrellis
+from onelayer.experiments.attentive import AttentiveGates
 from onelayer.experiments.experiment import FAILED, Trial
 from onelayer.experiments.tracking import measure, plan
 from onelayer.experiments.tracking_setup import A5, PARITY, TASKS, arms_of
@@ -81,29 +81,49 @@ def test_words_hang_on_their_generator_alone_and_use_every_letter():
 
 def model_of(depth: str) -> LanguageModel:
     torch.manual_seed(0)
-    model = LanguageModel(replace(TINY, depth=depth), AttentiveTrellis).double().eval()
+    model = LanguageModel(replace(TINY, depth=depth), AttentiveGates).double().eval()
     with torch.no_grad():
-        model.depth.block.gates.bias.normal_(std=0.3)
+        model.depth.block.bias.normal_(std=0.3)
     return model
 
 
-def test_the_block_is_gates_that_read_attention_of_each_token_to_those_up_to_it():
-    block = AttentiveTrellis(TINY).double()
+def test_the_block_is_gates_that_read_the_token_before_and_attention_up_to_their_own():
+    block = AttentiveGates(TINY).double()
+    with torch.no_grad():
+        block.bias.normal_()
     x, z = torch.randn(2, 6, 16).double(), torch.randn(2, 6, 32).double()
-    context = block.context(x, window(6, x.device), block.prepare(x))
-    q, k, v = (block.query_key_value.weight @ (z[..., :16] + x).mT).mT.chunk(3, -1)
-    read = torch.zeros(2, 6, 16).double()
-    for b, head, i in itertools.product(range(2), range(2), range(6)):
-        own = slice(8 * head, 8 * head + 8)
-        unit = [F.normalize(a[b, : i + 1, own], dim=-1) * 8**0.5 for a in (q, k)]
-        shares = (unit[1] @ unit[0][i] / 8**0.5).softmax(0)
-        read[b, i, own] = shares @ v[b, : i + 1, own]
-    gates = context.gates._replace(injected=context.gates.injected + read @ block.output.weight.T)
-    torch.testing.assert_close(block(z, x, context), block.gates(z, x, gates), rtol=0, atol=1e-6)
+    found = block(z, x, block.context(x, window(6, x.device), block.prepare(x)))
+    wq, wk, wv = block.query_key_value.weight.chunk(3)
+    for b, i in itertools.product(range(2), range(6)):
+        nothing = torch.zeros(32).double()
+        shown, carried = (z[b, i - 1] if i else nothing).chunk(2)
+        text = [x[b, j] + (z[b, j - 1, :16] if j else 0) for j in range(i + 1)]
+        mixed = []
+        for head in (slice(0, 8), slice(8, 16)):
+            scores = torch.stack([(wq[head] @ text[i]) @ (wk[head] @ t) / 8**0.5 for t in text])
+            mixed.append(sum(share * (wv[head] @ t) for share, t in zip(scores.softmax(0), text, strict=True)))
+        gates = block.state.weight @ torch.cat([shown, *mixed]) + block.input.weight @ x[b, i] + block.bias
+        let_in, keep, show, new = gates.chunk(4)
+        carried = keep.sigmoid() * carried + let_in.sigmoid() * new.tanh()
+        torch.testing.assert_close(found[b, i], torch.cat([show.sigmoid() * carried.tanh(), carried]))
+
+
+def test_plain_iteration_is_exact_after_as_many_evaluations_as_tokens():
+    block = AttentiveGates(TINY).double()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.mul_(4)  # far from a contraction
+    x = torch.randn(2, 9, 16).double()
+    context = block.context(x, window(9, x.device), block.prepare(x))
+    states = [torch.zeros(2, 9, 32).double(), 5 * torch.randn(2, 9, 32).double()]
+    for k in range(1, 10):
+        states = [block(z, x, context) for z in states]
+        assert torch.equal(states[0][:, :k], states[1][:, :k])
+        assert k == 9 or not torch.equal(states[0][:, k], states[1][:, k])
 
 
 def test_gradients_of_the_block_are_those_of_finite_differences():
-    block = AttentiveTrellis(replace(TINY, width=4)).double()
+    block = AttentiveGates(replace(TINY, width=4)).double()
     x, z = (torch.randn(2, 3, size).double().requires_grad_() for size in (4, 8))
 
     def call(z: Tensor, x: Tensor, *values: Tensor) -> Tensor:
@@ -118,7 +138,7 @@ class Cell(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block = AttentiveTrellis(replace(TINY, width=8))
+        self.block = AttentiveGates(replace(TINY, width=8))
 
     def initial_state(self, x: Tensor) -> Tensor:
         return x.new_zeros(*x.shape[:2], self.block.state_width)
@@ -162,9 +182,9 @@ def test_padding_on_the_left_changes_nothing():
 def test_all_arms_have_the_same_block_and_as_many_parameters():
     for task in TASKS:
         arms = arms_of(EXPERIMENT.presets["cpu"], task)
-        wanted = parameters(arms[EQUILIBRIUM], AttentiveTrellis)
+        wanted = parameters(arms[EQUILIBRIUM], AttentiveGates)
         for arm in arms.values():
-            assert abs(parameters(arm, AttentiveTrellis) / wanted - 1) < 0.05
+            assert abs(parameters(arm, AttentiveGates) / wanted - 1) < 0.05
 
 
 @pytest.fixture(scope="module")

@@ -64,8 +64,8 @@ def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:
     torch.manual_seed(trial.seed)
     model = LanguageModel(config.model, AttentiveGates).to(settings.device)
     if model.depth.layer is not None:
-        # What a token is told travels one token an evaluation, which no acceleration can change: the plain step is the
-        # cheapest, and takes as many evaluations as Anderson does here.
+        # A state of this block hangs on earlier ones alone: what a token is told travels one token an evaluation, which
+        # no acceleration can change, and plain steps are exact once it has arrived.
         model.depth.layer.solver = eq.Picard()
     row = learn(model, config, draw, error, progress)
     model.eval()

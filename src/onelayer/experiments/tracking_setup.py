@@ -13,7 +13,7 @@ from onelayer.presets import Device
 PARITY, A5 = "parity", "A5"
 TASKS = [PARITY, A5]
 # What is told travels a letter an evaluation, so both are more than a word has letters.
-MAX_STEPS, EVAL_MAX_STEPS = 64, 400
+MAX_STEPS, EVAL_MAX_STEPS = 64, 200
 
 
 @dataclass(frozen=True)
