@@ -87,6 +87,10 @@ def model_of(depth: str) -> LanguageModel:
     return model
 
 
+def unit(a: Tensor) -> Tensor:
+    return a / (a.square().sum() + 8 * torch.finfo(a.dtype).eps).sqrt()
+
+
 def test_the_block_is_gates_that_read_the_token_before_and_attention_up_to_their_own():
     block = AttentiveGates(TINY).double()
     with torch.no_grad():
@@ -100,7 +104,8 @@ def test_the_block_is_gates_that_read_the_token_before_and_attention_up_to_their
         text = [x[b, j] + (z[b, j - 1, :16] if j else 0) for j in range(i + 1)]
         mixed = []
         for head in (slice(0, 8), slice(8, 16)):
-            scores = torch.stack([(wq[head] @ text[i]) @ (wk[head] @ t) / 8**0.5 for t in text])
+            # Queries and keys of unit size in the mean square.
+            scores = torch.stack([8**0.5 * unit(wq[head] @ text[i]) @ unit(wk[head] @ t) for t in text])
             mixed.append(sum(share * (wv[head] @ t) for share, t in zip(scores.softmax(0), text, strict=True)))
         gates = block.state.weight @ torch.cat([shown, *mixed]) + block.input.weight @ x[b, i] + block.bias
         let_in, keep, show, new = gates.chunk(4)

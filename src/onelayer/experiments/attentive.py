@@ -131,4 +131,6 @@ class AttentiveGates(nn.Module):
     def _project(self, shown: Tensor, x: Tensor, prepared: Prepared) -> tuple[Tensor, Tensor, Tensor]:
         projected = F.linear(shown + x, prepared.matrices[0])
         q, k, v = projected.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # Unbounded scores learn the lengths trained on by heart and lose the state soon after them.
+        q, k = (F.rms_norm(part, part.shape[-1:]).to(v.dtype) for part in (q, k))
         return q, k, v
