@@ -38,7 +38,7 @@ class Settings:
 
     minutes: int
     device: Device = "cpu"
-    seeds: int = 5
+    seeds: int = 3
     rates: tuple[float, ...] = (1e-2, 2e-2)
     layers: int = 4
     longer: int = 8
