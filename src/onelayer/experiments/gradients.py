@@ -132,7 +132,7 @@ def quality(subject: Subject, adjoint: eq.Adjoint, tolerance: float) -> Row:
         sizes = torch.linalg.vector_norm(gradient) * torch.linalg.vector_norm(exact)
         cosine = 0.0 if float(sizes) == 0 else float((torch.dot(gradient, exact) / sizes).clamp(-1, 1))
         error = float(torch.linalg.vector_norm(gradient - exact) / torch.linalg.vector_norm(exact))
-        row[name] = {"cosine": cosine, "error": error}
+        row[name] = {"cosine": float(f"{cosine:.6g}"), "error": float(f"{error:.6g}")}  # thousands of them are kept
     steps = solved.adjoint.steps
     return row | {
         "evaluations": solved.evaluations,

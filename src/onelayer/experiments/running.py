@@ -51,7 +51,8 @@ def compare(
         workers = 1 if settings.device == "cuda" else os.cpu_count() or 1
     if workers < 1:
         raise UsageError(f"workers must be at least 1, not {workers}.")
-    results = Results(folder, {"experiment": experiment.name} | asdict(settings))
+    asked = {name: value for name, value in asdict(settings).items() if name != "minutes"}  # says nothing of the rows
+    results = Results(folder, {"experiment": experiment.name} | asked)
     missing = _missing(experiment, settings, results)
     with _alone() if workers == 1 else _together(workers) as run:
         while missing:
