@@ -11,10 +11,11 @@ import torch
 
 import equilibria as eq
 from onelayer.errors import UsageError
-from onelayer.experiments import gradients
 from onelayer.experiments.experiment import FAILED, Trial
-from onelayer.experiments.gradient_findings import APPROXIMATE, EXACTEST, IMPLICITS, UNROLLED, claims
-from onelayer.experiments.gradient_subjects import (
+from onelayer.experiments.gradients import experiment as gradients
+from onelayer.experiments.gradients.experiment import EXPERIMENT, quality
+from onelayer.experiments.gradients.findings import APPROXIMATE, EXACTEST, IMPLICITS, UNROLLED, claims
+from onelayer.experiments.gradients.subjects import (
     Family,
     exact_gradients,
     groups,
@@ -22,7 +23,6 @@ from onelayer.experiments.gradient_subjects import (
     tanh_family,
     transformer_family,
 )
-from onelayer.experiments.gradients import EXPERIMENT, quality
 from onelayer.experiments.running import compare
 
 FAMILIES = {

@@ -9,12 +9,21 @@ import pytest
 import torch
 
 import equilibria as eq
-from onelayer.experiments import memory, memory_findings
 from onelayer.experiments.experiment import Findings, Trial
-from onelayer.experiments.memory import EXPERIMENT, Settings
-from onelayer.experiments.memory_findings import DEPTH, EXPLICIT, FIXED, IMPLICIT, TRAINED, WORKING, claims
+from onelayer.experiments.memory import experiment as memory
+from onelayer.experiments.memory import findings as memory_findings
+from onelayer.experiments.memory.experiment import EXPERIMENT, Settings
+from onelayer.experiments.memory.findings import DEPTH, EXPLICIT, FIXED, IMPLICIT, TRAINED, WORKING, claims
+from onelayer.experiments.memory.training_step import (
+    EVALUATION,
+    GRADIENTS,
+    GRAPH,
+    PRODUCT,
+    Step,
+    interleaved,
+    quartiles,
+)
 from onelayer.experiments.running import compare
-from onelayer.experiments.training_step import EVALUATION, GRADIENTS, GRAPH, PRODUCT, Step, interleaved, quartiles
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import LanguageModel
 

@@ -14,10 +14,10 @@ import equilibria as eq
 from onelayer.errors import UsageError
 from onelayer.experiments import compare
 from onelayer.experiments.arms import parameters
-from onelayer.experiments.cells import CellBlock
-from onelayer.experiments.restarts import EXPERIMENT, NOISY, RANDOM, SOLVING, TASK, plan, tell
-from onelayer.experiments.starts import Answers, RandomStarts, agreement, answers, area, random_states, solved
-from onelayer.experiments.sudoku import Puzzles, grids, patterns, puzzles, solutions
+from onelayer.experiments.restarts.block import CellBlock
+from onelayer.experiments.restarts.experiment import EXPERIMENT, NOISY, RANDOM, SOLVING, TASK, plan, tell
+from onelayer.experiments.restarts.starts import Answers, RandomStarts, agreement, answers, area, random_states, solved
+from onelayer.experiments.restarts.sudoku import Puzzles, grids, patterns, puzzles, solutions
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import IGNORED, LanguageModel
 from onelayer.models.window import window

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 import equilibria as eq
 from onelayer.experiments import EXPERIMENTS, compare
 from onelayer.experiments.arms import EQUILIBRIUM, parameters
-from onelayer.experiments.attentive import AttentiveGates
 from onelayer.experiments.experiment import FAILED, Trial
-from onelayer.experiments.tracking import measure, plan
-from onelayer.experiments.tracking_setup import A5, PARITY, TASKS, arms_of
-from onelayer.experiments.tracking_told import tell
-from onelayer.experiments.words import FIVE_CYCLE, THREE_CYCLE, after, alternating, even_permutations, parity
+from onelayer.experiments.tracking.block import AttentiveGates
+from onelayer.experiments.tracking.experiment import measure, plan
+from onelayer.experiments.tracking.findings import tell
+from onelayer.experiments.tracking.setup import A5, PARITY, TASKS, arms_of
+from onelayer.experiments.tracking.words import FIVE_CYCLE, THREE_CYCLE, after, alternating, even_permutations, parity
 from onelayer.models.language_model import LanguageModel
 from onelayer.models.window import window
 

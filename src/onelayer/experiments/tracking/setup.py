@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onelayer.experiments.arms import twins
-from onelayer.experiments.attentive import AttentiveGates
-from onelayer.experiments.words import FIVE_CYCLE, THREE_CYCLE, Words, alternating, parity
+from onelayer.experiments.tracking.block import AttentiveGates
+from onelayer.experiments.tracking.words import FIVE_CYCLE, THREE_CYCLE, Words, alternating, parity
 from onelayer.models.configuration import ModelConfig
 from onelayer.presets import Device
 

@@ -9,9 +9,9 @@ from typing import Any
 from onelayer.experiments.arms import EQUILIBRIUM
 from onelayer.experiments.experiment import FAILED, Claim, Drawing, Row, Table
 from onelayer.experiments.learning import cost_table, is_cut_off, score_table
+from onelayer.experiments.memory.training_step import EVALUATION, GRADIENTS, GRAPH, PRODUCT, quartiles
 from onelayer.experiments.plots import curves
 from onelayer.experiments.statistics import measured
-from onelayer.experiments.training_step import EVALUATION, GRADIENTS, GRAPH, PRODUCT, quartiles
 
 DEPTH, TRAINED = "depth", "trained"  # the tasks
 IMPLICIT, EXPLICIT, TIED, CHECKPOINTED = "Implicit", "explicit", "tied", "tied, checkpointed"

@@ -10,8 +10,8 @@ import torch
 import equilibria as eq
 from onelayer.errors import UsageError
 from onelayer.experiments.experiment import Experiment, Findings, Progress, Row, Trial
-from onelayer.experiments.gradient_findings import APPROXIMATE, IMPLICITS, UNROLLED, claims, drawings, tables
-from onelayer.experiments.gradient_subjects import (
+from onelayer.experiments.gradients.findings import APPROXIMATE, IMPLICITS, UNROLLED, claims, drawings, tables
+from onelayer.experiments.gradients.subjects import (
     NON_NORMAL,
     NORMAL,
     TRANSFORMER,

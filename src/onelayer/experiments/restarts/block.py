@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import equilibria as eq
-from onelayer.experiments.sudoku import BOX, SIDE
+from onelayer.experiments.restarts.sudoku import BOX, SIDE
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.weights import Linear, Prepared, mask, masked
 from onelayer.models.window import Slot, Window

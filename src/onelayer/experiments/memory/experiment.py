@@ -18,7 +18,7 @@ from onelayer.corpora import batches
 from onelayer.experiments.arms import EQUILIBRIUM
 from onelayer.experiments.experiment import Experiment, Findings, Progress, Row, Trial
 from onelayer.experiments.learning import learn, scored_solves
-from onelayer.experiments.memory_findings import (
+from onelayer.experiments.memory.findings import (
     CHECKPOINTED,
     DEPTH,
     EXPLICIT,
@@ -32,7 +32,7 @@ from onelayer.experiments.memory_findings import (
     drawings,
     tables,
 )
-from onelayer.experiments.training_step import REPEATS, Batch, Step, interleaved
+from onelayer.experiments.memory.training_step import REPEATS, Batch, Step, interleaved
 from onelayer.models.configuration import Depth, ModelConfig
 from onelayer.models.language_model import LanguageModel
 from onelayer.presets import Device, Precision, RunConfig, TrainingConfig

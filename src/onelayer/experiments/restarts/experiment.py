@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from onelayer.experiments.arms import EQUILIBRIUM, twins
-from onelayer.experiments.cells import CellBlock
 from onelayer.experiments.experiment import FAILED, Claim, Experiment, Findings, Progress, Row, Trial
 from onelayer.experiments.learning import cost_table, learn, score_table, scored_solves, with_chosen_rates
-from onelayer.experiments.restarts_tables import (
+from onelayer.experiments.restarts.block import CellBlock
+from onelayer.experiments.restarts.findings import (
     depth_table,
     drawings,
     from_starts,
@@ -21,9 +21,9 @@ from onelayer.experiments.restarts_tables import (
     starts_table,
     within,
 )
-from onelayer.experiments.starts import RandomStarts, agreement, answers, area, random_states, solved
+from onelayer.experiments.restarts.starts import RandomStarts, agreement, answers, area, random_states, solved
+from onelayer.experiments.restarts.sudoku import CELLS, VOCABULARY, Puzzles
 from onelayer.experiments.statistics import Paired, best_rate, measured, paired
-from onelayer.experiments.sudoku import CELLS, VOCABULARY, Puzzles
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import LanguageModel
 from onelayer.presets import Device, RunConfig, TrainingConfig

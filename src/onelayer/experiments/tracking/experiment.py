@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import equilibria as eq
-from onelayer.experiments.attentive import AttentiveGates
 from onelayer.experiments.experiment import Experiment, Progress, Row, Trial
 from onelayer.experiments.learning import learn, scored_solves, with_chosen_rates
 from onelayer.experiments.statistics import best_rate
-from onelayer.experiments.tracking_setup import TASKS, Settings, arms_of, deep, long_trained, words_of
-from onelayer.experiments.tracking_told import tell
+from onelayer.experiments.tracking.block import AttentiveGates
+from onelayer.experiments.tracking.findings import tell
+from onelayer.experiments.tracking.setup import TASKS, Settings, arms_of, deep, long_trained, words_of
 from onelayer.models.language_model import LanguageModel
 from onelayer.presets import RunConfig, TrainingConfig
 

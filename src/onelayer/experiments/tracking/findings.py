@@ -11,7 +11,7 @@ from onelayer.experiments.experiment import FAILED, Claim, Drawing, Findings, Ro
 from onelayer.experiments.learning import cost_table, is_cut_off, score_table
 from onelayer.experiments.plots import curves
 from onelayer.experiments.statistics import measured, spread
-from onelayer.experiments.tracking_setup import TASKS, Settings, arms_of, deep, long_trained, words_of
+from onelayer.experiments.tracking.setup import TASKS, Settings, arms_of, deep, long_trained, words_of
 
 TRACKS, FAILS = 0.9, 0.6  # accuracies that are asked for
 APART = 0.01  # by which the accuracy may change with the start of the solves
