@@ -40,7 +40,7 @@ class Settings:
     heads: int = 4
     context: int = 64
     batch_size: int = 16
-    steps: int = 150
+    steps: int = 200
     windows: int = 256
 
 

@@ -65,8 +65,8 @@ class Settings:
     width: int = 48
     heads: int = 3
     batch_size: int = 32
-    steps: int = 500
-    unrolled_steps: int = 50
+    steps: int = 800
+    unrolled_steps: int = 80
     noise: float = 0.2
     held_back: int = 4
     learnt: tuple[int, int] = (4, 8)

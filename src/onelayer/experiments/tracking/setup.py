@@ -45,7 +45,7 @@ class Settings:
     width: int = 32
     heads: int = 2
     batch_size: int = 32
-    steps: int = 1000
+    steps: int = 2000
     parity_steps: int = 300
     shortest: int = 16
     longest: int = 32
