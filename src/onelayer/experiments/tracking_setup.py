@@ -41,11 +41,11 @@ class Settings:
     seeds: int = 5
     rates: tuple[float, ...] = (1e-2, 2e-2)
     layers: int = 4
-    longer: int = 8
+    longer: int = 6
     width: int = 32
     heads: int = 2
     batch_size: int = 32
-    steps: int = 1000
+    steps: int = 1200
     parity_steps: int = 300
     shortest: int = 16
     longest: int = 32
@@ -79,7 +79,7 @@ def arms_of(settings: Settings, task: str) -> dict[str, ModelConfig]:
     """Configurations of a task by the name of the arm.
 
     >>> list(arms_of(Settings(minutes=1), PARITY))
-    ['equilibrium', 'explicit 1', 'explicit 4', 'tied 4', 'explicit 4, 8 times the updates']
+    ['equilibrium', 'explicit 1', 'explicit 4', 'tied 4', 'explicit 4, 6 times the updates']
     """
     config = ModelConfig(
         vocabulary=words_of(settings, task).elements,
