@@ -79,7 +79,7 @@ def arms_of(settings: Settings, task: str) -> dict[str, ModelConfig]:
     """Configurations of a task by the name of the arm.
 
     >>> list(arms_of(Settings(minutes=1), PARITY))
-    ['equilibrium', 'explicit 1', 'explicit 4', 'tied 4', 'explicit 4, 6 times the updates']
+    ['equilibrium', 'explicit 1', 'explicit 4', 'tied 4', 'explicit 4, 8 times the updates']
     """
     config = ModelConfig(
         vocabulary=words_of(settings, task).elements,
