@@ -7,15 +7,12 @@ with each. The tolerance is zero and the cell contracts slowly, so that every st
 """
 
 import argparse
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import equilibria as eq
+from onelayer.experiments.peak import peak_bytes
 
 
 class Cell(nn.Module):
@@ -27,32 +24,6 @@ class Cell(nn.Module):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return torch.tanh(z @ self.weight + x)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Drop what native code writes to stderr: the profiler announces each start and stop there."""
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
-
-
-def peak_bytes(layer: eq.DEQ, x: Tensor) -> int:
-    """Largest number of bytes held at once by tensors made during one training step."""
-    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        layer(x).square().mean().backward()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def main() -> None:
@@ -85,7 +56,7 @@ def main() -> None:
                 layer(x).square().mean().backward()  # gradients exist from here on, as in every step but the first
             if reports[0].evaluations != steps:
                 raise RuntimeError(f"The solve took {reports[0].evaluations} steps where {steps} were meant.")
-            cells.append(peak_bytes(layer, x) / 2**20)
+            cells.append(peak_bytes(lambda layer=layer, x=x: layer(x).square().mean().backward()) / 2**20)
         name = type(adjoint).__name__ + (" (checkpoint)" if adjoint == eq.Unrolled(checkpoint=True) else "")
         print(f"{type(solver).__name__:<12}{name:<24}" + "".join(f"{cell:>12.1f}" for cell in cells), flush=True)
 

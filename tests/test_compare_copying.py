@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onelayer.errors import UsageError
-from onelayer.experiments import EXPERIMENTS, baselines, compare
+from onelayer.experiments import EXPERIMENTS, compare
 from onelayer.experiments.arms import parameters
-from onelayer.experiments.copying import score
-from onelayer.experiments.copying_setup import Settings, arm_of, arms, generator, memoryless, sequences, task, updates
-from onelayer.experiments.copying_told import tell
+from onelayer.experiments.copying import baselines
+from onelayer.experiments.copying.experiment import score
+from onelayer.experiments.copying.findings import tell
+from onelayer.experiments.copying.setup import Settings, arm_of, arms, generator, memoryless, sequences, task, updates
 from onelayer.experiments.experiment import FAILED, Row
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import LanguageModel

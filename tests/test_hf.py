@@ -226,10 +226,13 @@ def test_the_output_and_a_monitor_tell_how_each_token_was_solved():
     assert explicit.evaluations is explicit.residual is explicit.converged is None
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "everything"])
+@pytest.mark.parametrize("kind", [*KINDS, "everything", "own"])
 def test_a_saved_model_is_loaded_bit_for_bit(kind: str, tmp_path: Path):
-    everything = {"weight_norm": True, "warm_start": True, "cutoffs": (20, 100), "block": "subtracted"}
-    model = model_of("equilibrium", **everything) if kind == "everything" else model_of(kind)
+    more = {
+        "everything": {"weight_norm": True, "warm_start": True, "cutoffs": (20, 100), "block": "subtracted"},
+        "own": {"own_unembedding": True},
+    }
+    model = model_of("equilibrium", **more[kind]) if kind in more else model_of(kind)
     tokens = torch.randint(1, 256, (2, 9))
     model.save_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import equilibria as eq
 from onelayer.models.configuration import ModelConfig
+from onelayer.models.language_model import IGNORED
 from onelayer.models.transformer import GATE, TransformerBlock, rotary, rotate
 from onelayer.models.trellisnet import TrellisBlock
 from onelayer.models.weights import Linear
@@ -279,10 +280,26 @@ def test_an_adaptive_softmax_is_a_distribution_and_all_of_it_learns(form: str, d
 
 
 @torch.no_grad()
-def test_an_ordinary_softmax_reads_the_embedding_and_its_losses_are_cross_entropies():
-    model, tokens, targets = model_of("post"), some_tokens(), some_tokens(seed=2)
+@pytest.mark.parametrize("own", [False, True])
+def test_an_ordinary_softmax_reads_one_matrix_and_its_losses_are_cross_entropies(own: bool):
+    model, tokens, targets = model_of("post", own_unembedding=own), some_tokens(), some_tokens(seed=2)
+    assert (model.unembedding is not None) == own
     output = model(tokens)
-    logits = model.norm(output.state) @ model.embedding.weight.T
+    matrix = model.embedding if model.unembedding is None else model.unembedding
+    logits = model.norm(output.state) @ matrix.weight.T
     torch.testing.assert_close(output.logits, logits, rtol=0, atol=1e-12)
     wanted = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     torch.testing.assert_close(model(tokens, targets).losses, wanted, rtol=0, atol=1e-12)
+
+
+def test_ignored_targets_have_no_loss_and_no_gradient():
+    model, tokens, targets = model_of("post"), some_tokens(), some_tokens(seed=2)
+    ignored = targets.clone()
+    ignored[:, ::2] = IGNORED
+    losses = model(tokens, ignored).losses
+    assert (losses[:, ::2] == 0).all()
+    torch.testing.assert_close(losses[:, 1::2], model(tokens, targets).losses[:, 1::2], rtol=0, atol=1e-9)
+    found = torch.autograd.grad(losses.sum(), list(model.parameters()))
+    wanted = torch.autograd.grad(model(tokens, targets).losses[:, 1::2].sum(), list(model.parameters()))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)

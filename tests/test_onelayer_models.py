@@ -363,6 +363,7 @@ def test_bits_of_a_known_distribution():
         ({"jacobian_share": 1.5}, "jacobian_share must lie between 0 and 1"),
         ({"depth": "tied", "warm_start": True}, "warm_start is for equilibrium models"),
         ({"depth": "untied", "jacobian_weight": 1.0}, "jacobian_weight is for equilibrium models"),
+        ({"cutoffs": (5, 12), "own_unembedding": True}, "own_unembedding is for an ordinary softmax"),
         ({"cutoffs": (5, 5)}, "cutoffs must rise"),
         ({"cutoffs": (5, 20)}, "cutoffs must rise between 1 and 19"),
     ],

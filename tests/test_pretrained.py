@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "equilibrium": {},
     "untied": {"depth": "untied", "layers": 2},
     "trellisnet": {"architecture": "trellisnet", "kernel": 3},
+    "own": {"own_unembedding": True},
     "everything": {
         "block": "subtracted",
         "positions": "relative",

@@ -10,11 +10,14 @@ from onelayer.errors import UsageError
 
 try:
     from onelayer.experiments import EXPERIMENTS, compare
+    from onelayer.experiments.language import OWN
     from onelayer.experiments.page import plain
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] not in ("scipy", "matplotlib"):
         raise
     EXPERIMENTS = {}
+    compare = plain = None
+    OWN = ""
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,7 +47,7 @@ def _told(name: str) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if not EXPERIMENTS:
+    if compare is None or plain is None:
         raise UsageError("onelayer compare needs SciPy and matplotlib: install equilibria[compare].")
     if options.experiment not in EXPERIMENTS:
         raise UsageError(f"There is no experiment {options.experiment!r}: choose one of {', '.join(EXPERIMENTS)}.")
@@ -55,6 +58,14 @@ def _run(options: argparse.Namespace) -> int:
     if options.data:
         if not hasattr(settings, "texts"):
             raise UsageError("--data is for the experiment language: leave it out.")
+        names = [Path(text).stem for text in options.data]
+        if len({OWN, *names}) <= len(names):
+            raise UsageError(
+                f"Texts have the same name ({', '.join([OWN, *names])}), and results go by it: rename one."
+            )
+        for text in options.data:
+            if not Path(text).exists():
+                raise UsageError(f"There is no text {text}: give the path of a file or folder.")
         settings = replace(settings, texts=tuple(options.data))
     folder = Path(options.out or Path("runs", "compare", f"{experiment.name}-{options.preset}"))
     print(f"{experiment.question}\nAbout {settings.minutes} minutes on the machine that it is meant for; {folder}")

@@ -27,6 +27,7 @@ CHOICES: tuple[tuple[str, Any, str], ...] = (
     ("precision", Precision, "of the products"),
 )
 SWITCHES = {
+    "own_unembedding": "read logits off by a matrix of their own",
     "weight_norm": "write matrices as direction and size",
     "warm_start": "start solves at a learnt guess for each token",
 }

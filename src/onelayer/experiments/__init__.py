@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from onelayer.experiments import copying, language
+from onelayer.experiments import blocks, copying, gradients, language, memory, restarts, tracking
 from onelayer.experiments.experiment import Experiment
 from onelayer.experiments.running import compare
 
-EXPERIMENTS: dict[str, Experiment[Any]] = {module.EXPERIMENT.name: module.EXPERIMENT for module in (language, copying)}
+_ALL = (memory, gradients, tracking, blocks, language, copying, restarts)  # in the order of docs/results.md
+EXPERIMENTS: dict[str, Experiment[Any]] = {module.EXPERIMENT.name: module.EXPERIMENT for module in _ALL}
 
 __all__ = ["EXPERIMENTS", "compare"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -59,11 +60,14 @@ def as_large(config: ModelConfig, wanted: int, block: Callable[[ModelConfig], An
         wanted: parameters.
         block: where it is not the architecture's own.
     """
-    candidates = (
-        replace(config, width=width, heads=heads)
-        for heads in range(1, config.heads + 1)
-        for width in range(2 * heads, config.width * 2, 2 * heads)
-        if width >= 8 * heads
-    )
+
+    def of_width(width: int, heads: int) -> ModelConfig:
+        return replace(config, width=width, heads=heads)
+
+    candidates = []
+    for heads in range(1, config.heads + 1):
+        widths = range(8 * heads, 2 * config.width + 1, 2 * heads)  # `heads` pairs of entries at a time
+        place = bisect_left(widths, wanted, key=lambda width, heads=heads: parameters(of_width(width, heads), block))
+        candidates += [of_width(width, heads) for width in widths[max(place - 1, 0) : place + 1]]
     # Of equally good ones, that with most heads, as in the model it stands beside.
     return min(candidates, key=lambda c: (abs(parameters(c, block) - wanted), -c.heads))

@@ -61,11 +61,11 @@ def learn(
     x = y = torch.zeros(0)
     for step in range(training.steps):
         x, y = draw(step)
-        start = _clock(device)
+        start = clock(device)
         found = advance(learner, x, y, torch.ones_like(y) if lengths is None else lengths[y], step)
-        spent += _clock(device) - start
+        spent += clock(device) - start
         tokens += x.numel()
-        if step >= 0.9 * training.steps:
+        if step >= int(0.9 * training.steps):
             solves.append(found.rows)
         progress(1)
         if (step + 1) % training.validate_every == 0 or step + 1 == training.steps:
@@ -85,8 +85,14 @@ def learn(
     return row | {"peak_memory_bytes": peak_bytes(step_again, device.type)}
 
 
-def _clock(device: torch.device) -> float:
-    # Of this process alone on a CPU, where others may want the cores; a GPU is waited for.
+def clock(device: torch.device) -> float:
+    """Seconds, to take differences of: those of this process alone on a CPU, which others may share.
+
+    A GPU is waited for.
+
+    >>> 0 <= clock(torch.device("cpu"))
+    True
+    """
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize(device)
@@ -108,7 +114,7 @@ def _solved(model: LanguageModel, rows: Tensor) -> Row:
     if not model.is_equilibrium:
         layers = float(model.config.layers)
         return {"forward": {"mean": layers, "p95": layers}, "backward": {"mean": layers, "p95": layers}}
-    column = dict(zip(COLUMNS, rows.unbind(1), strict=True))
+    column: dict[str, Tensor] = dict(zip(COLUMNS, rows.unbind(1), strict=True))
     found: Row = {"cap": model.config.max_steps, "residual": _quantiles(column["residual"])}
     for way, steps, failed in (("forward", "steps", "failed"), ("backward", "adjoint_steps", "adjoint_failed")):
         found[way] = _quantiles(column[steps]) | {"at_cap": float(column[failed].mean())}
@@ -174,9 +180,9 @@ def cost_table(rows: Sequence[Row], arms: Sequence[str]) -> Table:
                 told.append(_costs(task, arm, own))
     note = (
         "Evaluations are of a sample's solve, in the last tenth of the training and where the model is scored, and "
-        "layers for explicit networks; backward they are products with the transposed Jacobian. Residuals are relative, "
-        "the median and the 95th percentile when scored. Peak memory is what the tensors of a training step hold at "
-        "once beside weights and optimizer. CPU time is of the training alone, one thread. "
+        "layers for explicit networks; backward they are products with the transposed Jacobian. Residuals are "
+        "relative, the median and the 95th percentile when scored. Peak memory is what the tensors of a training "
+        "step hold at once beside weights and optimizer. CPU time is of the training alone, one thread. "
         f"Where more than {CAP_LIMIT:.0%} of the solves hit their cap the row is called a K-step network."
     )
     return Table("What each row took", COST_COLUMNS, told, " ".join([note, *failed]))

@@ -63,7 +63,7 @@ def page(
         *(_table(table) for table in findings.tables),
         f"<h2>What a sceptical reviewer would say</h2>\n<p>{escape(experiment.sceptic)}</p>",
         f"<h2>Again</h2>\n<pre>{escape(command)}</pre>\n"
-        f'<p class="after">{escape(machine(settings, results))} The raw results are in rows.jsonl beside this page.</p>',
+        f'<p class="after">{escape(machine(settings, results))} The raw results are in rows.jsonl.</p>',
     ]
     return html.document(experiment.title, parts)
 
@@ -103,10 +103,8 @@ def verdict(findings: Findings) -> str:
     """
     if not findings.claims:
         return "Nothing was asked that would hold or not."
-    broken = [f"{claim.asked} ({claim.measured})" for claim in findings.claims if not claim.holds]
-    if not broken:
-        return "All that was asked holds."
-    return f"Of {len(findings.claims)} things asked, {len(broken)} did not hold: {'; '.join(broken)}."
+    broken = sum(not claim.holds for claim in findings.claims)
+    return f"Of {len(findings.claims)} things asked, {broken} did not hold." if broken else "All that was asked holds."
 
 
 def machine(settings: Any, results: Results) -> str:
@@ -118,8 +116,8 @@ def machine(settings: Any, results: Results) -> str:
     """
     failed = sum(FAILED in row for row in results.rows)
     where = torch.cuda.get_device_name() if settings.device == "cuda" else "a CPU, one thread a trial"
-    diverged = f", of which {failed} diverged" if failed else ""
-    return f"{len(results.rows)} trials{diverged}, on {where}; PyTorch {torch.__version__.partition('+')[0]}."
+    without = f", of which {failed} ended in nothing" if failed else ""
+    return f"{len(results.rows)} trials{without}, on {where}; PyTorch {torch.__version__.partition('+')[0]}."
 
 
 def plain(findings: Findings) -> str:
@@ -182,8 +180,8 @@ def _table(table: Table) -> str:
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     note = f'\n<p class="after">{escape(table.note)}</p>' if table.note else ""
     return (
-        f'<h2>{escape(table.title)}</h2>\n<div class="scroll"><table class="dense"><thead><tr>{head}</tr></thead><tbody>\n'
-        f"{body}\n</tbody></table></div>{note}"
+        f'<h2>{escape(table.title)}</h2>\n<div class="scroll"><table class="dense"><thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{body}\n</tbody></table></div>{note}"
     )
 
 

@@ -33,7 +33,7 @@ def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
     held = peak = 0
     events = (event for event in found.events() if event.name() == "[memory]")
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         peak = max(peak, held)
     return peak
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from onelayer.experiments.experiment import FAILED, Row
 from onelayer.experiments.statistics import measured
-from onelayer.report.drawing import FIRST, GRID, INK, MUTED, SECOND, THIRD, WIDE, canvas, legend_above
+from onelayer.report.drawing import FIRST, GRID, INK, MUTED, SECOND, THIRD, WIDE, canvas
 
 # One look for each arm, in the order in which an experiment names them; the equilibrium comes first.
-LOOKS = (
+LOOKS: tuple[dict[str, Any], ...] = (
     {"color": FIRST, "linestyle": "-"},
     {"color": SECOND, "linestyle": "-"},
     {"color": THIRD, "linestyle": "-"},
@@ -67,14 +69,32 @@ def curves(
             axes.set_yscale("log")
         if limits is not None:
             axes.set_ylim(*limits)
-        axes.set_title(task, fontsize=9, color=INK, loc="right", pad=22)
+        axes.set_title(task, fontsize=9, color=INK, loc="right")
         axes.set_xlabel(labels[0])
     grid[0].set_ylabel(labels[1])
-    legend_above(grid[0])
+    _legend(figure, grid[0])
     return figure
 
 
-def _band(axes: Axes, runs: Sequence[Sequence[tuple[float, float]]], arm: str, look: Mapping[str, str]) -> None:
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Names the arms above all panels, whose widths it must not change."""
+    rows = -(-len(axes.get_legend_handles_labels()[1]) // 4)
+    layout = figure.get_layout_engine()
+    if rows and isinstance(layout, ConstrainedLayoutEngine):
+        layout.set(rect=(0, 0, 1, 0.98 - 0.055 * rows))
+        legend = axes.legend(
+            loc="upper left",
+            bbox_to_anchor=(0, 1),
+            bbox_transform=figure.transFigure,
+            ncols=4,
+            handlelength=1.2,
+            columnspacing=0.9,
+            handletextpad=0.5,
+        )
+        legend.set_in_layout(False)
+
+
+def _band(axes: Axes, runs: Sequence[Sequence[tuple[float, float]]], arm: str, look: Mapping[str, Any]) -> None:
     columns = list(zip(*runs, strict=False))
     if not columns:
         return

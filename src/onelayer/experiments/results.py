@@ -64,11 +64,11 @@ class Results:
             UsageError: the disk is full.
         """
         row = trial.key | measured
-        with written(self._path, "make room on the disk, and give the command again to go on"):
-            with self._path.open("ab") as file:
-                file.write(json.dumps(row).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+        remedy = "make room on the disk, and give the command again to go on"
+        with written(self._path, remedy), self._path.open("ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
         self.rows.append(row)
 
     @property
@@ -77,9 +77,9 @@ class Results:
         return [{name: row.get(name) for name in names} for row in self.rows]
 
     def _same(self, known: dict[str, Any], settings: dict[str, Any] | None) -> dict[str, Any]:
-        # What is asked for may have tuples, which JSON has not.
-        if settings is not None and known != json.loads(json.dumps(settings)):
-            changed = sorted(name for name in known | settings if known.get(name) != settings.get(name))
+        asked = known if settings is None else json.loads(json.dumps(settings))  # JSON has no tuples
+        changed = sorted(name for name in known | asked if known.get(name) != asked.get(name))
+        if changed:
             raise UsageError(
                 f"{self.folder} holds results of other settings ({', '.join(changed)}): name another folder by --out."
             )

@@ -18,10 +18,10 @@ class Paired(NamedTuple):
     mean: float
     low: float
     high: float
-    count: int
+    pairs: int
 
     def __str__(self) -> str:
-        if self.count < 2:
+        if self.pairs < 2:
             return f"{self.mean:+.3f} (one pair)"
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
@@ -48,8 +48,9 @@ def paired(rows: Iterable[Row], task: str, arm: str, other: str, name: str = "sc
         return None
     if len(gaps) == 1 or not all(map(math.isfinite, gaps)):
         return Paired(statistics.fmean(gaps), math.nan, math.nan, len(gaps))
-    low, high = stats.ttest_1samp(gaps, 0.0).confidence_interval(0.95)
-    return Paired(statistics.fmean(gaps), float(low), float(high), len(gaps))
+    mean = statistics.fmean(gaps)
+    half = float(stats.t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return Paired(mean, mean - half, mean + half, len(gaps))
 
 
 def measured(rows: Iterable[Row], task: str | None = None, arm: str | None = None) -> list[Row]:
@@ -94,6 +95,6 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     ('1.500 ± 0.707', '1.000')
     """
     if not values:
-        return "–"
+        return "-"
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"

@@ -23,8 +23,9 @@ class DEQConfig(PreTrainedConfig):
     (64, 1)
 
     Args:
-        architecture, depth, layers, vocabulary, width, heads, context, block, positions, kernel, memory, cutoffs,
-            dropout, weight_norm, jacobian_weight, jacobian_share, warm_start, rtol, max_steps, eval_max_steps,
+        architecture, depth, layers, vocabulary, width, heads, context, block, positions, kernel, memory,
+            own_unembedding, cutoffs, dropout, weight_norm, jacobian_weight,
+            jacobian_share, warm_start, rtol, max_steps, eval_max_steps,
             backward_rtol, backward_max_steps: see `onelayer.models.configuration.ModelConfig`.
 
     Raises:
@@ -58,6 +59,7 @@ class DEQConfig(PreTrainedConfig):
     positions: Positions = "rotary"
     kernel: int = 2
     memory: int = 0
+    own_unembedding: bool = False
     cutoffs: tuple[int, ...] | list[int] = ()
     dropout: float = 0.0
     weight_norm: bool = False

@@ -36,6 +36,7 @@ class ModelConfig:
         positions: of the Transformer: `"rotary"`, or `"relative"` as in Transformer-XL.
         kernel: tokens that the convolution of the TrellisNet spans.
         memory: tokens of the previous segment that training keeps for the next one to look back at; 0 is none.
+        own_unembedding: whether logits are read off by a matrix of their own instead of the embedding's.
         cutoffs: where the clusters of an adaptive softmax begin, rising, for large vocabularies; empty is an ordinary
             softmax that shares its matrix with the embedding.
         dropout: share of entries zeroed in training, the same ones for all tokens of a window and within a solve.
@@ -64,6 +65,7 @@ class ModelConfig:
     positions: Positions = "rotary"
     kernel: int = 2
     memory: int = 0
+    own_unembedding: bool = False
     cutoffs: tuple[int, ...] = ()
     dropout: float = 0.0
     weight_norm: bool = False
@@ -102,6 +104,8 @@ class ModelConfig:
         if self.depth != "equilibrium" and (self.jacobian_weight or self.warm_start):
             name = "jacobian_weight" if self.jacobian_weight else "warm_start"
             raise UsageError(f"{name} is for equilibrium models, and this one is {self.depth}: leave it out.")
+        if self.own_unembedding and self.cutoffs:
+            raise UsageError("own_unembedding is for an ordinary softmax, an adaptive one has its own: leave it out.")
         if self.width % (2 * self.heads):
             raise UsageError(
                 f"width must be a multiple of twice the heads, and {self.width} is not a multiple of {2 * self.heads}."

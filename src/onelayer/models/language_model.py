@@ -77,6 +77,9 @@ class LanguageModel(nn.Module):
             if config.cutoffs
             else None
         )
+        self.unembedding = nn.Linear(config.width, config.vocabulary, bias=False) if config.own_unembedding else None
+        if self.unembedding is not None:
+            nn.init.normal_(self.unembedding.weight, std=config.width**-0.5)
         self.guess = nn.Embedding(config.vocabulary, self.depth.block.state_width) if config.warm_start else None
         if self.guess is not None:
             nn.init.zeros_(self.guess.weight)
@@ -153,7 +156,7 @@ class LanguageModel(nn.Module):
     def parameter_counts(self) -> tuple[int, int]:
         """Number of parameters, and of those that are not embeddings."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        tables = (part for part in (self.embedding, self.guess, self.adaptive) if part is not None)
+        tables = (part for part in (self.embedding, self.unembedding, self.guess, self.adaptive) if part is not None)
         return total, total - sum(parameter.numel() for part in tables for parameter in part.parameters())
 
     def _check(self, tokens: Tensor) -> None:
@@ -168,7 +171,7 @@ class LanguageModel(nn.Module):
 
     def _unembed(self, hidden: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if self.adaptive is None:
-            logits = F.linear(hidden, self.embedding.weight)
+            logits = F.linear(hidden, (self.unembedding or self.embedding).weight)
             if targets is None:
                 return logits, None
             losses = F.cross_entropy(_wide(logits).flatten(0, 1), targets.flatten(), reduction="none")

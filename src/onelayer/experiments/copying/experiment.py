@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from onelayer.experiments.copying_setup import (
+from onelayer.experiments.copying.findings import tell
+from onelayer.experiments.copying.setup import (
     RECALLED,
     Settings,
     arm_of,
@@ -20,7 +21,6 @@ from onelayer.experiments.copying_setup import (
     task,
     updates,
 )
-from onelayer.experiments.copying_told import tell
 from onelayer.experiments.experiment import Experiment, Progress, Row, Trial
 from onelayer.experiments.learning import learn, scored_solves, with_chosen_rates
 from onelayer.models.language_model import LanguageModel

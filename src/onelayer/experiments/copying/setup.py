@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onelayer.experiments import baselines
 from onelayer.experiments.arms import as_large, parameters, twins
+from onelayer.experiments.copying import baselines
 from onelayer.models.configuration import ModelConfig
 from onelayer.presets import Device, Precision
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from onelayer.experiments.arms import EQUILIBRIUM
-from onelayer.experiments.copying_setup import GRU, LSTM, SYMBOLS, Settings, arms, memoryless, task
+from onelayer.experiments.copying.setup import GRU, LSTM, SYMBOLS, Settings, arms, memoryless, task
 from onelayer.experiments.experiment import FAILED, Claim, Drawing, Findings, Row, Table
 from onelayer.experiments.learning import cost_table, is_cut_off, score_table
 from onelayer.experiments.plots import curves
