@@ -107,8 +107,8 @@ def _evaluations(rows: Sequence[Row], beyond: str) -> Table:
             told.append([task, str(points[0][0]), spread([point[1] for point in points]), residual])
     columns = ("task", "evaluations allowed", f"accuracy on {beyond}", "relative residual")
     note = (
-        "On a quarter of the words. A solve that is stopped returns the state of its smallest residual, which may be an "
-        "early one. The residual is the median over the words, and of that the mean over the seeds."
+        "On a quarter of the words. A solve that is stopped returns the state of its smallest residual, which may be "
+        "an early one. The residual is the median over the words, and of that the mean over the seeds."
     )
     return Table("Accuracy by allowed evaluations", columns, told, note)
 
