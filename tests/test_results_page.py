@@ -12,7 +12,7 @@ from onelayer.experiments.results import Results
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-MEASURED = sorted(path.parent.name for path in (ROOT / "docs" / "results").glob("*/rows.jsonl"))
+MEASURED = sorted(path.parent.name for path in (ROOT / "docs" / "results").glob("*/section.md"))
 
 
 def told(name: str) -> tuple[Any, Results]:

@@ -61,8 +61,8 @@ class Settings:
     heads: int = 1
     kernel: int = 8
     batch_size: int = 8
-    steps: int = 600
-    unrolled_steps: int = 240
+    steps: int = 700
+    unrolled_steps: int = 280
     more: int = 1
     sequences: int = 256
 
