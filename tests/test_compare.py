@@ -1,5 +1,6 @@
 """`onelayer compare`: trials that are run once, results that outlive a crash, and figures that are what they say."""
 
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from scipy import stats
 from onelayer.cli import main
 from onelayer.corpora import batches, prepare
 from onelayer.errors import UsageError
-from onelayer.experiments import EXPERIMENTS, blocks, language
+from onelayer.experiments import EXPERIMENTS, blocks, language, learning
 from onelayer.experiments.arms import parameters, twins
 from onelayer.experiments.experiment import FAILED, Trial
 from onelayer.experiments.learning import cost_table, is_cut_off, learn, scored_solves, with_chosen_rates
@@ -95,6 +96,7 @@ def test_a_training_that_diverges_is_a_row_and_loses_the_choice(tmp_path: Path):
     assert "**does not hold**" in text
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Made up &lt;b&gt;" in page
+    assert "<b>" not in page
     assert "Scores &amp; such" in page
     assert "does not hold" in page
 
@@ -290,7 +292,9 @@ def test_more_than_five_percent_at_the_cap_is_a_network_of_fixed_depth():
     assert scored_solves([None, None]) == {}
 
 
-def test_the_trainer_of_experiments_is_that_of_onelayer_train(tmp_path: Path):
+def test_the_trainer_of_experiments_is_that_of_onelayer_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(learning, "clock", lambda device: next(ticks))
     (tmp_path / "text.txt").write_text("one layer is all you need, " * 200)
     corpus = prepare(str(tmp_path / "text.txt"), tmp_path / "tokens")
     training = TrainingConfig(steps=6, batch_size=4, warmup_steps=2, unrolled_steps=2, validate_every=2, seed=3)
@@ -319,7 +323,8 @@ def test_the_trainer_of_experiments_is_that_of_onelayer_train(tmp_path: Path):
     assert row["forward"]["mean"] == wanted[-1]["evaluations_forward"]
     assert row["backward"]["mean"] == wanted[-1]["evaluations_backward"]
     assert row["forward"]["at_cap"] == wanted[-1]["share_at_cap"]
-    assert [point[0] for point in row["curve"]] == [2, 4, 6]
+    assert [point[:2] for point in row["curve"]] == [(2, 2), (4, 4), (6, 6)]
+    assert row["cpu_seconds"] == 6
     assert row["score"] == row["curve"][-1][2]
     assert row["tokens"] == 6 * 4 * 16
     assert sum(units) == 6

@@ -166,5 +166,7 @@ EXPERIMENT = Experiment(
     "A5 in principle. Only one width was tried, words of A5 are made of two letters, and the recipe was looked "
     "for with the equilibrium on A5. A block that also read its own state, trained at a higher rate without "
     "weight decay, lost its equilibrium, with 72% of the solves of a step at the cap; without bounds on the "
-    "attention scores the states were lost beyond the lengths trained on.",
+    "attention scores the states were lost beyond the lengths trained on. Solves end at a residual of 5e-3 in the mean "
+    "over letters, in which the last letter can hide behind states that have grown large: in a trial that chose a rate "
+    "it was right in 0.7 of the words where all before it were right in all.",
 )

@@ -26,6 +26,7 @@ class Settings:
         seeds: paired, of weights and words.
         rates: of learning, from which each arm chooses on each task with a seed of its own.
         layers: of the deep explicit network, and applications of the tied one.
+        rtol: relative residual at which a solve is done.
         longer: times as many updates that the deep explicit network gets in an arm of its own.
         width, heads, batch_size: of the equilibrium and of all trainings.
         steps, parity_steps: updates on words of A5 and on bits.
@@ -41,6 +42,7 @@ class Settings:
     seeds: int = 3
     rates: tuple[float, ...] = (1e-2, 2e-2)
     layers: int = 4
+    rtol: float = 5e-3
     longer: int = 8
     width: int = 32
     heads: int = 2
@@ -86,6 +88,7 @@ def arms_of(settings: Settings, task: str) -> dict[str, ModelConfig]:
         width=settings.width,
         heads=settings.heads,
         context=settings.longest,
+        rtol=settings.rtol,
         max_steps=MAX_STEPS,
         eval_max_steps=EVAL_MAX_STEPS,
         backward_max_steps=MAX_STEPS,
