@@ -43,7 +43,7 @@ def parameters(config: ModelConfig, block: Callable[[ModelConfig], Any] | None =
     """Number of parameters of a model.
 
     >>> parameters(ModelConfig(width=64, heads=2))
-    65856
+    65728
     """
     with torch.device("meta"):
         return LanguageModel(config, block).parameter_counts()[0]
