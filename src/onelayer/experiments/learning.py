@@ -238,15 +238,10 @@ def score_table(
         for arm in arms:
             own = measured(from_rows, task, arm)
             if own:
-                gap = None if arm == reference else _paired(from_rows, task, arm, reference, name)
-                told.append([task, arm, str(len(own)), spread([row[name] for row in own]), gap or ""])
+                gap = None if arm == reference else paired(from_rows, task, arm, reference, name)
+                told.append([task, arm, str(len(own)), spread([row[name] for row in own]), str(gap or "")])
     columns = ("task", "arm", "seeds", f"{what}, mean ± sd", f"more than {reference}, mean [95% interval]")
     return Table(what[0].upper() + what[1:], columns, told, "Differences are by pairs of the same seed, Student's t.")
-
-
-def _paired(rows: Sequence[Row], task: str, arm: str, other: str, name: str) -> str | None:
-    found = paired(rows, task, arm, other, name)
-    return None if found is None else str(found)
 
 
 def with_chosen_rates(
