@@ -26,7 +26,7 @@ from onelayer.errors import UsageError
 from onelayer.experiments import EXPERIMENTS, blocks, language, learning
 from onelayer.experiments.arms import parameters, twins
 from onelayer.experiments.experiment import FAILED, Trial
-from onelayer.experiments.learning import cost_table, is_cut_off, learn, scored_solves, with_chosen_rates
+from onelayer.experiments.learning import cost_table, is_cut_off, learn, scored_solves, with_chosen_rates, with_rate_of
 from onelayer.experiments.page import plain, section, verdict
 from onelayer.experiments.peak import peak_bytes
 from onelayer.experiments.plots import curves
@@ -188,6 +188,16 @@ def test_what_cannot_be_compared_is_said_in_a_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_without_an_experiment_all_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert main(["compare"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(EXPERIMENTS)
+
+
+def test_no_other_command_loads_scipy():
+    loaded = "import sys, onelayer.cli; print(any(name.partition('.')[0] == 'scipy' for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "False\n"
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_its_presets_and_plans_without_rows(name: str):
     experiment = EXPERIMENTS[name]
@@ -255,7 +265,21 @@ def test_tasks_that_share_a_choice_of_rates_try_them_once():
     told = [
         t for t in with_chosen_rates(rows, ["a", "b"], ["one"], 2, (0.1, 0.3), 5, ["a", "a"]) if t.stage == "measure"
     ]
-    assert [(t.task, t.seed, t.rate) for t in told] == [("a", 0, 0.1), ("b", 0, 0.1), ("a", 1, 0.1), ("b", 1, 0.1)]
+    assert [(t.task, t.seed, t.rate) for t in told] == [("a", 0, 0.1), ("a", 1, 0.1), ("b", 0, 0.1), ("b", 1, 0.1)]
+
+
+def test_a_run_that_is_cut_off_has_compared_the_arms_of_the_first_seed(tmp_path: Path):
+    compare(EXPERIMENT, Settings(rates=(0.1,)), tmp_path / "out", workers=1)
+    order = [(row["seed"], row["arm"]) for row in rows_of(tmp_path / "out")]
+    assert order == [(0, "one"), (0, "two"), (1, "one"), (1, "two")]
+
+
+def test_arms_that_take_the_rate_of_another_wait_for_its_choice():
+    rows = [{"task": "t", "arm": "one", "stage": "choose", "rate": 0.1, "score": 2.0}]
+    assert with_rate_of(rows, "t", "one", ["long"], 2, (0.1, 0.3), 80) == []
+    rows.append(rows[0] | {"rate": 0.3, "score": 1.0})
+    told = with_rate_of(rows, "t", "one", ["long"], 2, (0.1, 0.3), 80)
+    assert told == [Trial("t", "long", seed, 0.3, units=80) for seed in (0, 1)]
 
 
 @settings(max_examples=20, deadline=None)

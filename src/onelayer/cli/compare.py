@@ -8,29 +8,17 @@ from pathlib import Path
 
 from onelayer.errors import UsageError
 
-try:
-    from onelayer.experiments import EXPERIMENTS, compare
-    from onelayer.experiments.language import OWN
-    from onelayer.experiments.page import plain
-except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] not in ("scipy", "matplotlib"):
-        raise
-    EXPERIMENTS = {}
-    compare = plain = None
-    OWN = ""
-
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The options of the command."""
     command = commands.add_parser(
         "compare",
         help="measure equilibrium models beside explicit ones",
-        description="\n".join(f"{name:10} {_told(name)}" for name in EXPERIMENTS),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Without an experiment it lists them.",
         epilog="A command that is given again goes on where it stopped.",
     )
     command.set_defaults(act=_run)
-    command.add_argument("experiment", metavar="EXPERIMENT", help=f"one of {', '.join(EXPERIMENTS)}")
+    command.add_argument("experiment", nargs="?", metavar="EXPERIMENT", help="what to measure")
     command.add_argument("--preset", default="cpu", metavar="NAME", help="cpu, gpu or tiny; cpu by default")
     command.add_argument(
         "--out", metavar="FOLDER", help="where results are kept, and found again; runs/compare/EXPERIMENT by default"
@@ -41,14 +29,20 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument("--workers", type=int, metavar="N", help="trials at a time; one a core by default")
 
 
-def _told(name: str) -> str:
-    experiment = EXPERIMENTS[name]
-    return f"{experiment.title} (about {experiment.presets['cpu'].minutes} min on two cores)"
-
-
 def _run(options: argparse.Namespace) -> int:
-    if compare is None or plain is None:
-        raise UsageError("onelayer compare needs SciPy and matplotlib: install equilibria[compare].")
+    try:  # here, since no other command needs what takes a second to load
+        from onelayer.experiments import EXPERIMENTS, compare
+        from onelayer.experiments.language import OWN
+        from onelayer.experiments.page import plain
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("scipy", "matplotlib"):
+            raise
+        raise UsageError("onelayer compare needs SciPy and matplotlib: install equilibria[compare].") from None
+    if options.experiment is None:
+        for experiment in EXPERIMENTS.values():
+            minutes = experiment.presets["cpu"].minutes
+            print(f"{experiment.name:10} {experiment.title} (about {minutes} min on two cores)")
+        return 0
     if options.experiment not in EXPERIMENTS:
         raise UsageError(f"There is no experiment {options.experiment!r}: choose one of {', '.join(EXPERIMENTS)}.")
     experiment = EXPERIMENTS[options.experiment]

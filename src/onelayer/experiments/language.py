@@ -14,9 +14,9 @@ from onelayer import corpora
 from onelayer.corpora import batches
 from onelayer.experiments.arms import EQUILIBRIUM, ONE_LAYER, twins
 from onelayer.experiments.experiment import FAILED, Claim, Drawing, Experiment, Findings, Progress, Row, Trial
-from onelayer.experiments.learning import cost_table, is_cut_off, learn, score_table, with_chosen_rates
+from onelayer.experiments.learning import cost_table, is_cut_off, learn, score_table, with_chosen_rates, with_rate_of
 from onelayer.experiments.plots import curves
-from onelayer.experiments.statistics import best_rate, measured, paired
+from onelayer.experiments.statistics import measured, paired
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import LanguageModel
 from onelayer.presets import Device, Precision, RunConfig, TrainingConfig
@@ -78,15 +78,11 @@ def _tasks(settings: Settings) -> list[str]:
 def plan(settings: Settings, rows: Sequence[Row]) -> list[Trial]:
     """All corpora, arms and seeds, after the rates of learning."""
     tasks, long = _tasks(settings), _long_trained(settings)
-    arms = [arm for arm in _arms(settings) if arm != long]
-    trials = with_chosen_rates(
-        rows, tasks, arms, settings.seeds, settings.rates, settings.steps, choose_on=[OWN] * len(tasks)
+    arms, updates = [arm for arm in _arms(settings) if arm != long], settings.steps
+    trials = with_chosen_rates(rows, tasks, arms, settings.seeds, settings.rates, updates, [OWN] * len(tasks))
+    return trials + with_rate_of(
+        rows, OWN, ONE_LAYER, [long], settings.seeds, settings.rates, settings.longer * updates
     )
-    rate = best_rate(rows, OWN, ONE_LAYER, settings.rates)
-    if rate is not None:
-        updates = settings.longer * settings.steps
-        trials += [Trial(OWN, long, seed, rate, units=updates) for seed in range(settings.seeds)]
-    return sorted(trials, key=lambda trial: (trial.stage, trial.seed))
 
 
 def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:

@@ -277,7 +277,28 @@ def with_chosen_rates(
                 trials += [trial for trial in tried if trial not in trials]
             if rate is not None:
                 trials += [Trial(task, arm, seed, rate, "measure", units) for seed in range(seeds)]
-    return sorted(trials, key=lambda trial: (trial.stage, trial.seed))
+    return trials
+
+
+def with_rate_of(
+    rows: Sequence[Row], task: str, other: str, arms: Sequence[str], seeds: int, rates: Sequence[float], units: int
+) -> list[Trial]:
+    """Trials of arms that take the rate of learning which another arm has chosen; none until it has.
+
+    >>> with_rate_of([], "t", "one", ["one, longer"], seeds=1, rates=(0.1,), units=80)[0].rate
+    0.1
+
+    Args:
+        rows: that are there already.
+        task: of all of them.
+        other: the arm that has chosen.
+        arms: that take its rate.
+        seeds: of the trials, from 0.
+        rates: that it chose from.
+        units: of work in a trial.
+    """
+    rate = best_rate(rows, task, other, rates)
+    return [Trial(task, arm, seed, rate, units=units) for arm in arms for seed in range(seeds) if rate is not None]
 
 
 _CHOOSING_SEED = 1000

@@ -64,7 +64,9 @@ def compare(
 
 
 def _missing(experiment: Experiment[Any], settings: Any, results: Results) -> list[Trial]:
-    return [trial for trial in experiment.plan(settings, results.rows) if not results.has(trial)]
+    """Seed by seed, so that a run which is cut off has compared something."""
+    missing = [trial for trial in experiment.plan(settings, results.rows) if not results.has(trial)]
+    return sorted(missing, key=lambda trial: (trial.stage, trial.seed))
 
 
 _Run = Callable[[Any, Any, list[Trial], Results], None]

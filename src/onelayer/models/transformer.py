@@ -133,7 +133,7 @@ class TransformerBlock(nn.Module):
         pair, v = parts[:2], parts[2]
         # Queries and keys of unit size bound the attention scores, and with them how much the block can expand.
         pair = F.rms_norm(pair, pair.shape[-1:])
-        if self.relative is None:
+        if self.relative is None and context.window.tables:  # a window without tables knows no positions
             pair = rotate(pair, *context.window.tables)
         q, k = pair.to(v.dtype)
         return q, k, v

@@ -34,7 +34,7 @@ def plan(settings: Settings, rows: Sequence[Row]) -> list[Trial]:
     for arm in arms(settings):
         units, choose_on = updates(settings, arm), [tasks[0]] * len(tasks)
         trials += with_chosen_rates(rows, tasks, [arm], settings.seeds, rates(settings, arm), units, choose_on)
-    return sorted(trials, key=lambda trial: (trial.stage, trial.seed))
+    return trials
 
 
 def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:

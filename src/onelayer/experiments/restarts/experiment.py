@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onelayer.experiments.arms import EQUILIBRIUM, twins
 from onelayer.experiments.experiment import FAILED, Claim, Experiment, Findings, Progress, Row, Trial
-from onelayer.experiments.learning import cost_table, learn, score_table, scored_solves, with_chosen_rates
+from onelayer.experiments.learning import cost_table, learn, score_table, scored_solves, with_chosen_rates, with_rate_of
 from onelayer.experiments.restarts.block import CellBlock
 from onelayer.experiments.restarts.findings import (
     depth_table,
@@ -23,7 +23,7 @@ from onelayer.experiments.restarts.findings import (
 )
 from onelayer.experiments.restarts.starts import RandomStarts, agreement, answers, area, random_states, solved
 from onelayer.experiments.restarts.sudoku import CELLS, VOCABULARY, Puzzles
-from onelayer.experiments.statistics import Paired, best_rate, measured, paired
+from onelayer.experiments.statistics import Paired, measured, paired
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import LanguageModel
 from onelayer.presets import Device, RunConfig, TrainingConfig
@@ -102,12 +102,9 @@ def _arms(settings: Settings) -> dict[str, ModelConfig]:
 def plan(settings: Settings, rows: Sequence[Row]) -> list[Trial]:
     """All arms and seeds, after the rates of learning."""
     choosing = [arm for arm in _arms(settings) if arm not in (RANDOM, NOISY)]
-    trials = with_chosen_rates(rows, [TASK], choosing, settings.seeds, settings.rates, settings.steps)
-    rate = best_rate(rows, TASK, EQUILIBRIUM, settings.rates)
-    if rate is not None:
-        seeds = range(settings.seeds)
-        trials += [Trial(TASK, arm, seed, rate, units=settings.steps) for arm in (RANDOM, NOISY) for seed in seeds]
-    return sorted(trials, key=lambda trial: (trial.stage, trial.seed))
+    seeds, rates, updates = settings.seeds, settings.rates, settings.steps
+    trials = with_chosen_rates(rows, [TASK], choosing, seeds, rates, updates)
+    return trials + with_rate_of(rows, TASK, EQUILIBRIUM, [RANDOM, NOISY], seeds, rates, updates)
 
 
 def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:

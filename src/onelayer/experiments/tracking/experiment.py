@@ -10,8 +10,7 @@ from torch import Tensor
 
 import equilibria as eq
 from onelayer.experiments.experiment import Experiment, Progress, Row, Trial
-from onelayer.experiments.learning import learn, scored_solves, with_chosen_rates
-from onelayer.experiments.statistics import best_rate
+from onelayer.experiments.learning import learn, scored_solves, with_chosen_rates, with_rate_of
 from onelayer.experiments.tracking.block import AttentiveGates
 from onelayer.experiments.tracking.findings import tell
 from onelayer.experiments.tracking.setup import TASKS, Settings, arms_of, deep, long_trained, words_of
@@ -28,11 +27,9 @@ def plan(settings: Settings, rows: Sequence[Row]) -> list[Trial]:
         updates = settings.updates(task)
         arms = [arm for arm in arms_of(settings, task) if arm != long]
         trials += with_chosen_rates(rows, [task], arms, settings.seeds, settings.rates, updates)
-        rate = best_rate(rows, task, deep(settings), settings.rates)
-        if rate is not None:
-            updates *= settings.longer
-            trials += [Trial(task, long, seed, rate, "measure", updates) for seed in range(settings.seeds)]
-    return sorted(trials, key=lambda trial: (trial.stage, trial.seed))
+        updates *= settings.longer
+        trials += with_rate_of(rows, task, deep(settings), [long], settings.seeds, settings.rates, updates)
+    return trials
 
 
 def measure(settings: Settings, trial: Trial, progress: Progress) -> Row:
