@@ -187,7 +187,7 @@ EXPERIMENT = Experiment(
     title="Language modelling at equal parameters",
     question="Does an equilibrium of one block predict text as well as explicit networks of as many parameters?",
     presets={
-        "cpu": Settings(minutes=80),
+        "cpu": Settings(minutes=50),
         "gpu": Settings(
             minutes=30,
             device="cuda",

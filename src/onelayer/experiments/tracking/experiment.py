@@ -118,7 +118,7 @@ EXPERIMENT = Experiment(
     title="Tracking a state over words longer than any trained on",
     question="Does an equilibrium carry a state along a text, where explicit networks of as many parameters lose it?",
     presets={
-        "cpu": Settings(minutes=20),
+        "cpu": Settings(minutes=25),
         "gpu": Settings(
             minutes=30,
             device="cuda",
