@@ -24,6 +24,10 @@ class Status(enum.IntEnum):
     STALLED = 3
     BREAKDOWN = 4
     COUPLED = 5
+    INFEASIBLE = 6
+    UNBOUNDED = 7
+    NONCONVEX = 8
+    DEGENERATE = 9
 
     @property
     def meaning(self) -> str:
@@ -43,6 +47,10 @@ _MEANING = {
     Status.STALLED: "stopped improving at the rounding level of the dtype",
     Status.BREAKDOWN: "met a singular or indefinite linear system",
     Status.COUPLED: "depended on other samples of the batch",
+    Status.INFEASIBLE: "had constraints that no point satisfies",
+    Status.UNBOUNDED: "had a cost that falls without bound",
+    Status.NONCONVEX: "had a matrix P that is not positive semidefinite",
+    Status.DEGENERATE: "had no single derivative at the solution",
 }
 _REMEDY = {
     Status.CONVERGED: "nothing",
@@ -53,6 +61,12 @@ _REMEDY = {
     Status.STALLED: "loosen rtol or compute f in a wider dtype: rounding, not the solver, is what stops it",
     Status.BREAKDOWN: "take another linear solver (eq.GMRES(), eq.Dense()), or look whether the solution is isolated",
     Status.COUPLED: "solve the batch as one problem, with batch_dims=0",
+    Status.INFEASIBLE: "relax b or h, or let slack variables pay for violations",
+    Status.UNBOUNDED: "bound the unknowns, or add a multiple of the identity to P",
+    Status.NONCONVEX: "make P of a factor, L @ L.mT",
+    Status.DEGENERATE: (
+        "the gradient is that of one side: add a multiple of the identity to P, or drop constraints that repeat others"
+    ),
 }
 
 

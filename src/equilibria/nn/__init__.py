@@ -4,5 +4,6 @@ from equilibria.nn.deq import DEQ
 from equilibria.nn.dropout import VariationalDropout
 from equilibria.nn.jacobian import jacobian_penalty
 from equilibria.nn.monitor import Report, monitor
+from equilibria.nn.quadratic import QPLayer, QPReport
 
-__all__ = ["DEQ", "Report", "VariationalDropout", "jacobian_penalty", "monitor"]
+__all__ = ["DEQ", "QPLayer", "QPReport", "Report", "VariationalDropout", "jacobian_penalty", "monitor"]
