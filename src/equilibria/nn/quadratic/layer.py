@@ -69,7 +69,7 @@ class QPLayer(nn.Module):
 
     Args:
         P: (..., n, n). q: (..., n). A: (..., p, n). b: (..., p). G: (..., m, n). h: (..., m).
-        adjoint: None is `eq.Implicit` with unrestarted `eq.GMRES`, to 1e-9; `eq.Implicit(order=2)` for second
+        adjoint: None is `eq.Implicit` with unrestarted `eq.GMRES`, to 1e-11; `eq.Implicit(order=2)` for second
             derivatives.
         rtol: largest violation of the constraints and of the stationarity of the Lagrangian, each relative to its
             largest term; None is 1e-8.
@@ -217,7 +217,7 @@ def _solve(
 
         size = z.shape[1]
         if adjoint is None:
-            adjoint = Implicit(solver=GMRES(restart=size + 1), rtol=1e-9, max_steps=2 * size + 20)
+            adjoint = Implicit(solver=GMRES(restart=size + 1), rtol=1e-11, max_steps=2 * size + 20)
         z, _ = adjoint.attach(problem, hand_over, failures, report)
     failures.tell("solve", status, error)
     if z.requires_grad:

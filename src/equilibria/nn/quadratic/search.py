@@ -12,7 +12,8 @@ from equilibria.nn.quadratic.splitting import ROUND, Found, improve, start
 from equilibria.status import Status
 
 LOOSE = 1e-3  # residual at which Newton's method takes over in the first round; a tenth of it in each that follows
-PATIENCE = 2  # rounds
+PATIENCE = 2  # rounds before proofs are looked for
+PROVING = 8  # rounds for a proof
 RADIUS = 1e6  # a program counts as infeasible where no point within this distance satisfies its constraints
 ACTIVE = 1e-6  # relative size below which a multiplier or a slack counts as zero
 
@@ -51,14 +52,14 @@ def search(program: Program, rtol: float, atol: float, max_steps: int, begun: Fo
         rounds += 1
         if rounds == PATIENCE and bool((~better.solved).any()):
             unsolved = (~better.solved).nonzero().flatten()
-            proofs, count = proven(part.take(unsolved))
+            proofs, count = proven(part.take(unsolved), better.x[unsolved])
             ended, evaluations = ended.index_copy(0, unsolved, proofs), evaluations + count
         status = status.index_copy(0, todo, ended)
         left, loose = left - allowed, max(loose / 10, rtol)
     return Searched(found, status, evaluations)
 
 
-def proven(program: Program) -> tuple[Tensor, int]:
+def proven(program: Program, x: Tensor) -> tuple[Tensor, int]:
     """`INFEASIBLE` or `UNBOUNDED` for each sample where a certificate is found, `MAX_STEPS` elsewhere.
 
     A certificate is itself the solution of a quadratic program that always has one, a projection onto a cone: of -d
@@ -72,7 +73,7 @@ def proven(program: Program) -> tuple[Tensor, int]:
     p, evaluations = program.equalities, 0
     rows = program.d.shape[1]
     if rows:
-        y, evaluations = _projected(-program.d, program.C.mT, -_unit(rows, program.q)[p:])
+        y, evaluations = _projected(apply(program.C, x) - program.d, program.C.mT, -_unit(rows, program.q)[p:])
         y = torch.cat([y[:, :p], y[:, p:].clamp(min=0)], dim=1)
         gain = -(y * program.d).sum(dim=1)
         leak = apply(program.C.mT, y).abs().sum(dim=1)
@@ -89,16 +90,19 @@ def proven(program: Program) -> tuple[Tensor, int]:
 def _projected(point: Tensor, level: Tensor, below: Tensor) -> tuple[Tensor, int]:
     """The projection onto {z: level z = 0, below z <= 0}; zeros where it is not found."""
     batch, n = point.shape
+    # Rows of length one, orthogonal to each other, span the same: as they come they may be nearly dependent.
+    _, sizes, rows = torch.linalg.svd(level, full_matrices=False)
+    level = torch.where((sizes > 1e-10 * sizes[:, :1])[:, :, None], rows, 0)
     C = torch.cat([level, below.expand(batch, -1, -1)], dim=1)
     cone = Program(_unit(n, point).expand(batch, n, n), -point, C, C.new_zeros(batch, C.shape[1]), level.shape[1])
     size = torch.where(largest(point) > 0, largest(point), 1)[:, None]
     cone = cone._replace(q=cone.q / size)
     found, evaluations = start(cone), 0
-    for k in range(PATIENCE):
+    for k in range(PROVING):
         todo = (~found.solved).nonzero().flatten()
         if len(todo) == 0:
             break
-        better, count = improve(cone.take(todo), found.take(todo), LOOSE / 10**k, 1e-9, 1e-9, ROUND)
+        better, count = improve(cone.take(todo), found.take(todo), max(LOOSE / 10**k, 1e-9), 1e-9, 1e-9, ROUND)
         found, evaluations = found.put(todo, better), evaluations + count
     return torch.where(found.solved[:, None], found.x * size, 0), evaluations
 
