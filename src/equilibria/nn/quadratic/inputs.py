@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,26 @@ from equilibria.nn.quadratic.program import Program
 NAMES = ("P", "q", "A", "b", "G", "h")
 
 
-def gather(parts: dict[str, Tensor | None]) -> tuple[torch.Size, torch.dtype, Program, Tensor]:
-    """Leading dimensions, dtype of the result, the program in float64 as one batch, and which samples are finite."""
+class Given(NamedTuple):
+    """What was given.
+
+    Attributes:
+        shape: leading dimensions.
+        dtype: of the result.
+        program: in float64, its samples in one dimension.
+        finite: (batch,), whether a sample has neither NaN nor an infinity that has no meaning.
+        free: (batch, m), inequalities that are none, since their h is infinite.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    program: Program
+    finite: Tensor
+    free: Tensor
+
+
+def gather(parts: dict[str, Tensor | None]) -> Given:
+    """The parts as one batch of programs, or what about them does not fit."""
     tensors = {name: value for name, value in parts.items() if value is not None}
     for one, other in (("A", "b"), ("G", "h")):
         if (one in tensors) != (other in tensors):
@@ -53,8 +73,8 @@ def gather(parts: dict[str, Tensor | None]) -> tuple[torch.Size, torch.dtype, Pr
     free = h == torch.inf
     G, h = torch.where(free[:, :, None], 0, G), torch.where(free, 1, h)
     program = Program((P + P.mT) / 2, q, torch.cat([A, G], dim=1), torch.cat([b, h], dim=1), rows["b"])
-    finite = torch.stack([torch.isfinite(t).reshape(batch, -1).all(dim=1) for t in program[:4]]).all(dim=0)
-    return shape, dtype, trivial(program, finite), finite
+    finite = torch.stack([torch.isfinite(t).flatten(1).all(dim=1) for t in program[:4]]).all(dim=0)
+    return Given(shape, dtype, trivial(program, finite), finite, free)
 
 
 def check_tensor(name: str, value: Tensor | None) -> None:

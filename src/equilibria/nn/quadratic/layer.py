@@ -12,8 +12,8 @@ from equilibria.adjoints import Adjoint, Implicit, Unrolled
 from equilibria.linear import GMRES
 from equilibria.loop import Outcome
 from equilibria.nn.monitor import record
-from equilibria.nn.quadratic.inputs import NAMES, check_tensor, gather, trivial
-from equilibria.nn.quadratic.program import Program, apply, equilibrate, optimality
+from equilibria.nn.quadratic.inputs import NAMES, Given, check_tensor, gather, trivial
+from equilibria.nn.quadratic.program import apply, equilibrate, optimality
 from equilibria.nn.quadratic.search import degenerate, search
 from equilibria.nn.quadratic.splitting import splitting
 from equilibria.norms import max_norm
@@ -156,19 +156,20 @@ class QPLayer(nn.Module):
                 "QPLayer cannot run inside torch.func transforms: call it on a batch, all leading dimensions are "
                 "samples, and differentiate by torch.autograd."
             )
-        given = {name: value for name, value in zip(NAMES, (P, q, A, b, G, h), strict=True) if value is not None}
-        for name, value in given.items():
+        called = {name: value for name, value in zip(NAMES, (P, q, A, b, G, h), strict=True) if value is not None}
+        for name, value in called.items():
             check_tensor(name, value)
-        parts = {name: getattr(self, name) for name in NAMES} | given
-        shape, dtype, program, finite = gather(parts)
+        parts = {name: getattr(self, name) for name in NAMES} | called
+        given = gather(parts)
+        shape, q = given.shape, given.program.q
         rtol = 1e-8 if self.rtol is None else self.rtol
         failures = Failures(self.on_failure, told=self._told)
-        with precise(program.q):
-            solution = _solve(program, finite, rtol, self.max_steps, self.adjoint, failures)
-        report = QPReport(*(part.reshape(*shape, *part.shape[1:]) for part in solution.aux))
+        with precise(q):
+            solution = _solve(given, rtol, self.max_steps, self.adjoint, failures)
+        report = QPReport(*(part.reshape((*shape, *part.shape[1:])) for part in solution.aux))
         solution = replace(
             solution,
-            value=solution.value.reshape(*shape, -1).to(dtype),
+            value=solution.value.reshape((*shape, solution.value.shape[1])).to(given.dtype),
             aux=report,
             **{name: getattr(solution, name).reshape(shape) for name in ("status", "steps", "residual")},
         )
@@ -181,9 +182,8 @@ class QPLayer(nn.Module):
         return ", ".join(shapes + options)
 
 
-def _solve(
-    program: Program, finite: Tensor, rtol: float, max_steps: int, adjoint: Adjoint | None, failures: Failures
-) -> Solution:
+def _solve(given: Given, rtol: float, max_steps: int, adjoint: Adjoint | None, failures: Failures) -> Solution:
+    program, finite = given.program, given.finite
     with torch.no_grad():
         scales = equilibrate(program)
         scaled = program.scaled(scales)
@@ -193,7 +193,10 @@ def _solve(
         searched = search(trivial(scaled, sound), rtol, rtol / 100, max_steps)
         status = torch.where(convex, searched.status, Status.NONCONVEX)
         status = torch.where(finite, status, Status.NONFINITE)
-    found = searched.found
+        # Where the cost falls without bound the search is far out, at a point that means nothing.
+        nowhere = (status == Status.UNBOUNDED)[:, None]
+        x, v = (torch.where(nowhere, 0, part) for part in (searched.found.x, searched.found.v))
+        found = searched.found._replace(x=x, v=v)
     scaled = trivial(program.scaled(scales), sound)
     split = splitting(scaled, found.penalty)
     layout = Layout.of((found.x, found.v), 1)
@@ -226,6 +229,6 @@ def _solve(
     p = program.equalities
     with torch.no_grad():
         y = multipliers * scales.rows / scales.cost[:, None]
-        slack = (program.d - apply(program.C, value))[:, p:]
+        slack = torch.where(given.free, torch.inf, (program.d - apply(program.C, value))[:, p:])
     aux = (y[:, :p], y[:, p:], slack, weak)
     return Solution(value, status, found.steps, error, searched.evaluations, aux, None, report)
