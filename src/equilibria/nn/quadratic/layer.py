@@ -101,7 +101,7 @@ class QPLayer(nn.Module):
         h: Tensor | None = None,
         adjoint: Adjoint | None = None,
         rtol: float | None = None,
-        max_steps: int = 1000,
+        max_steps: int = 2000,
         on_failure: str = "warn",
     ) -> None:
         super().__init__()

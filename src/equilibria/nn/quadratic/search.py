@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from equilibria.nn.quadratic.program import Program, apply, largest, optimality
-from equilibria.nn.quadratic.splitting import ROUND, Found, improve, start
+from equilibria.nn.quadratic.splitting import ROUND, Found, improve, splitting, start
 from equilibria.status import Status
 
 LOOSE = 1e-3  # residual at which Newton's method takes over in the first round; a tenth of it in each that follows
 PATIENCE = 2  # rounds before proofs are looked for
 PROVING = 8  # rounds for a proof
+NEAR = 1e-4  # a residual that leaves nothing to prove
 RADIUS = 1e6  # a program counts as infeasible where no point within this distance satisfies its constraints
 ACTIVE = 1e-6  # relative size below which a multiplier or a slack counts as zero
 
@@ -51,7 +52,8 @@ def search(program: Program, rtol: float, atol: float, max_steps: int, begun: Fo
         ended = torch.where(better.solved, Status.CONVERGED, Status.MAX_STEPS)
         rounds += 1
         if rounds == PATIENCE and bool((~better.solved).any()):
-            unsolved = (~better.solved).nonzero().flatten()
+            residual = optimality(part, better.x, splitting(part, better.penalty).multipliers(better.v)).residual()
+            unsolved = (~better.solved & ~(residual < NEAR)).nonzero().flatten()
             proofs, count = proven(part.take(unsolved), better.x[unsolved])
             ended, evaluations = ended.index_copy(0, unsolved, proofs), evaluations + count
         status = status.index_copy(0, todo, ended)
