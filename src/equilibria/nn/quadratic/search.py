@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from equilibria.nn.quadratic.program import Program, apply, largest, optimality
-from equilibria.nn.quadratic.splitting import ROUND, Found, improve, splitting, start
+from equilibria.nn.quadratic.splitting import LONGEST, ROUND, Found, improve, splitting, start
 from equilibria.status import Status
 
 LOOSE = 1e-3  # residual at which Newton's method takes over in the first round; a tenth of it in each that follows
-PATIENCE = 2  # rounds before proofs are looked for
+PATIENCE = 3  # rounds before proofs are looked for
 PROVING = 8  # rounds for a proof
 NEAR = 1e-4  # a residual that leaves nothing to prove
 RADIUS = 1e6  # a program counts as infeasible where no point within this distance satisfies its constraints
@@ -30,7 +30,7 @@ class Searched(NamedTuple):
 def search(program: Program, rtol: float, atol: float, max_steps: int, begun: Found | None = None) -> Searched:
     """Rounds of the splitting, for the samples that are not solved yet, until none is left or `max_steps` are used.
 
-    What two rounds leave is looked at for a proof that there is nothing to find.
+    What three rounds leave is looked at for a proof that there is nothing to find.
 
     Args:
         program: scaled.
@@ -45,7 +45,7 @@ def search(program: Program, rtol: float, atol: float, max_steps: int, begun: Fo
         todo = (status == Status.MAX_STEPS).nonzero().flatten()
         if len(todo) == 0:
             break
-        allowed = min(left, ROUND)
+        allowed = min(left, ROUND * 2**rounds, LONGEST)
         part = program.take(todo)
         better, count = improve(part, found.take(todo), loose, rtol, atol, allowed)
         found, evaluations = found.put(todo, better), evaluations + count
@@ -104,7 +104,7 @@ def _projected(point: Tensor, level: Tensor, below: Tensor) -> tuple[Tensor, int
         todo = (~found.solved).nonzero().flatten()
         if len(todo) == 0:
             break
-        better, count = improve(cone.take(todo), found.take(todo), max(LOOSE / 10**k, 1e-9), 1e-9, 1e-9, ROUND)
+        better, count = improve(cone.take(todo), found.take(todo), max(LOOSE / 10**k, 1e-9), 1e-9, 1e-9, LONGEST)
         found, evaluations = found.put(todo, better), evaluations + count
     return torch.where(found.solved[:, None], found.x * size, 0), evaluations
 

@@ -14,9 +14,11 @@ from equilibria.solvers import Anderson
 
 SHIFT = 1e-6  # of P, so that it can be factored where it is singular
 STIFFER = 1e3  # equalities are penalised so many times as much as inequalities
-PENALTY = 0.1  # to begin with
-# Evaluations in a round, and how many of them polish.
-ROUND, POLISHING = 150, 15
+PENALTY = 1.0  # to begin with
+# Evaluations in the first round, how many of them polish, and evaluations in the longest round: the penalty is best
+# corrected early.
+ROUND, POLISHING = 60, 10
+LONGEST = 180
 # Of the system that polishes, whose rows may repeat each other; refinement takes its effect away.
 REGULAR, REFINEMENTS = 1e-8, 4
 
