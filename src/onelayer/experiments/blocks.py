@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from onelayer.experiments.arms import EQUILIBRIUM, twins
 from onelayer.experiments.experiment import FAILED, Drawing, Experiment, Findings, Progress, Row, Table, Trial
 from onelayer.experiments.language import OWN, learn_text
-from onelayer.experiments.learning import cost_table, score_table, with_chosen_rates
+from onelayer.experiments.learning import cost_table, score_table
 from onelayer.experiments.plots import curves
+from onelayer.experiments.rates import with_chosen_rates
 from onelayer.experiments.statistics import measured, paired
 from onelayer.models.configuration import ModelConfig
 from onelayer.presets import Device, Precision, RunConfig, TrainingConfig
