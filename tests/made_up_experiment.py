@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onelayer.errors import UsageError
 from onelayer.experiments.experiment import Claim, Experiment, Findings, Progress, Row, Table, Trial
-from onelayer.experiments.learning import with_chosen_rates
+from onelayer.experiments.rates import with_chosen_rates
 from onelayer.experiments.statistics import measured
 
 

@@ -26,13 +26,14 @@ from onelayer.errors import UsageError
 from onelayer.experiments import EXPERIMENTS, blocks, language, learning
 from onelayer.experiments.arms import parameters, twins
 from onelayer.experiments.experiment import FAILED, Trial
-from onelayer.experiments.learning import cost_table, is_cut_off, learn, scored_solves, with_chosen_rates, with_rate_of
+from onelayer.experiments.learning import cost_table, is_cut_off, learn, scored_solves
 from onelayer.experiments.page import plain, section, verdict
 from onelayer.experiments.peak import peak_bytes
 from onelayer.experiments.plots import curves
+from onelayer.experiments.rates import best_rate, with_chosen_rates, with_rate_of
 from onelayer.experiments.results import Results
 from onelayer.experiments.running import compare
-from onelayer.experiments.statistics import best_rate, measured, paired, spread
+from onelayer.experiments.statistics import measured, paired, rank_correlation, spread
 from onelayer.learner import start, update
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import LanguageModel
@@ -193,9 +194,17 @@ def test_without_an_experiment_all_are_listed(capsys: pytest.CaptureFixture[str]
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(EXPERIMENTS)
 
 
-def test_no_other_command_loads_scipy():
-    loaded = "import sys, onelayer.cli; print(any(name.partition('.')[0] == 'scipy' for name in sys.modules))"
+def test_what_takes_long_to_load_of_scipy_is_not_loaded():
+    loaded = "import sys, onelayer.cli; print('scipy.stats' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "False\n"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=20))
+def test_rank_correlations_are_those_of_scipy(pairs: list[tuple[int, int]]):
+    one, other = ([float(pair[k]) for pair in pairs] for k in (0, 1))
+    if len(set(one)) > 1 and len(set(other)) > 1:
+        assert rank_correlation(one, other) == pytest.approx(float(stats.spearmanr(one, other)[0]))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

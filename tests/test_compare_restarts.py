@@ -115,7 +115,8 @@ def test_the_block_knows_places_and_nothing_else_of_the_order():
     out = block(z, x, context)
     with torch.no_grad():
         block.places.weight[:2] = block.places.weight[:2].flip(0)
-    other = block(z[:, swapped], x[:, swapped], block.context(x[:, swapped], window(16, x.device), block.prepare(x)))
+    places = block.place(window(16, x.device), x.dtype)
+    other = block(z[:, swapped], x[:, swapped], block.context(x[:, swapped], places, block.prepare(x)))
     torch.testing.assert_close(other, out[:, swapped], rtol=0, atol=1e-12)
     unswapped = block(z[:, swapped], x[:, swapped], context._replace(injected=x[:, swapped]))
     assert (unswapped - out[:, swapped]).abs().max() > 1e-3
@@ -207,8 +208,8 @@ def test_answers_are_read_off_the_blanks_and_never_say_blank():
 def test_random_starts_are_drawn_anew_and_leave_the_gradient_of_the_equilibrium(noise: float | None):
     model = LanguageModel(replace(CONFIG, rtol=1e-9, max_steps=200), CellBlock).double()
     with torch.no_grad():  # a block that forgets where it came from has one equilibrium, and one gradient of it
-        model.depth.block.contract.weight *= 0.2
-        model.depth.block.attention_output.weight *= 0.2
+        model.depth.block.inner.contract.weight *= 0.2
+        model.depth.block.inner.attention_output.weight *= 0.2
     tokens, targets = Puzzles(0, 4).draw(torch.Generator().manual_seed(0), 4, (4, 6), False)
     called = RandomStarts(model, noise)
     begun: list[dict] = []

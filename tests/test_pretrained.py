@@ -53,7 +53,8 @@ def test_a_model_comes_back_bit_for_bit_without_a_random_number(kind: str, dtype
     assert all(found[name].dtype == dtype and torch.equal(found[name], expected[name]) for name in expected)
     tokens = torch.randint(0, 256, (2, 7))
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, again(tokens).logits)
+        # Elsewhere in memory a product may round otherwise.
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
 
 
 def test_saving_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

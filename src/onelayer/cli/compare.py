@@ -8,6 +8,17 @@ from pathlib import Path
 
 from onelayer.errors import UsageError
 
+try:
+    from onelayer.experiments import EXPERIMENTS, compare
+    from onelayer.experiments.language import OWN
+    from onelayer.experiments.page import plain
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] not in ("scipy", "matplotlib"):
+        raise
+    EXPERIMENTS = {}
+    compare = plain = None
+    OWN = ""
+
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The options of the command."""
@@ -30,14 +41,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    try:  # here, since no other command needs what takes a second to load
-        from onelayer.experiments import EXPERIMENTS, compare
-        from onelayer.experiments.language import OWN
-        from onelayer.experiments.page import plain
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("scipy", "matplotlib"):
-            raise
-        raise UsageError("onelayer compare needs SciPy and matplotlib: install equilibria[compare].") from None
+    if compare is None or plain is None:
+        raise UsageError("onelayer compare needs SciPy and matplotlib: install equilibria[compare].")
     if options.experiment is None:
         for experiment in EXPERIMENTS.values():
             minutes = experiment.presets["cpu"].minutes

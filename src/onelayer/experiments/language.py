@@ -14,8 +14,9 @@ from onelayer import corpora
 from onelayer.corpora import batches
 from onelayer.experiments.arms import EQUILIBRIUM, ONE_LAYER, twins
 from onelayer.experiments.experiment import FAILED, Claim, Drawing, Experiment, Findings, Progress, Row, Trial
-from onelayer.experiments.learning import cost_table, is_cut_off, learn, score_table, with_chosen_rates, with_rate_of
+from onelayer.experiments.learning import cost_table, is_cut_off, learn, score_table
 from onelayer.experiments.plots import curves
+from onelayer.experiments.rates import with_chosen_rates, with_rate_of
 from onelayer.experiments.statistics import measured, paired
 from onelayer.models.configuration import ModelConfig
 from onelayer.models.language_model import LanguageModel

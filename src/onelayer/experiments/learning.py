@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onelayer.experiments.experiment import FAILED, Progress, Row, Table, Trial
+from onelayer.experiments.experiment import FAILED, Progress, Row, Table
 from onelayer.experiments.peak import peak_bytes
-from onelayer.experiments.statistics import best_rate, measured, paired, spread
+from onelayer.experiments.statistics import measured, paired, spread
 from onelayer.learner import COLUMNS, Learner, advance, make_optimizer
 from onelayer.models.language_model import LanguageModel
 from onelayer.parallel import Processes
@@ -242,63 +242,3 @@ def score_table(
                 told.append([task, arm, str(len(own)), spread([row[name] for row in own]), str(gap or "")])
     columns = ("task", "arm", "seeds", f"{what}, mean ± sd", f"more than {reference}, mean [95% interval]")
     return Table(what[0].upper() + what[1:], columns, told, "Differences are by pairs of the same seed, Student's t.")
-
-
-def with_chosen_rates(
-    rows: Sequence[Row],
-    tasks: Sequence[str],
-    arms: Sequence[str],
-    seeds: int,
-    rates: Sequence[float],
-    units: int,
-    choose_on: Sequence[str] | None = None,
-    name: str = "score",
-) -> list[Trial]:
-    """Trials that choose a rate of learning for each arm, on a seed of their own, and then those that are told.
-
-    >>> [trial.stage for trial in with_chosen_rates([], ["t"], ["one"], seeds=3, rates=(0.1, 0.3), units=10)]
-    ['choose', 'choose']
-
-    Args:
-        rows: that are there already.
-        tasks, arms: all pairs of them are tried.
-        seeds: of the trials that are told, from 0.
-        rates: to choose from.
-        units: of work in a trial.
-        choose_on: for each task, the one that its rates are chosen on; `None` for each on its own.
-        name: of the number that is to be small.
-    """
-    trials: list[Trial] = []
-    for task, chooser in zip(tasks, choose_on or tasks, strict=True):
-        for arm in arms:
-            rate = best_rate(rows, chooser, arm, rates, name)
-            if len(rates) > 1:
-                tried = [Trial(chooser, arm, _CHOOSING_SEED, value, "choose", units) for value in rates]
-                trials += [trial for trial in tried if trial not in trials]
-            if rate is not None:
-                trials += [Trial(task, arm, seed, rate, "measure", units) for seed in range(seeds)]
-    return trials
-
-
-def with_rate_of(
-    rows: Sequence[Row], task: str, other: str, arms: Sequence[str], seeds: int, rates: Sequence[float], units: int
-) -> list[Trial]:
-    """Trials of arms that take the rate of learning which another arm has chosen; none until it has.
-
-    >>> with_rate_of([], "t", "one", ["one, longer"], seeds=1, rates=(0.1,), units=80)[0].rate
-    0.1
-
-    Args:
-        rows: that are there already.
-        task: of all of them.
-        other: the arm that has chosen.
-        arms: that take its rate.
-        seeds: of the trials, from 0.
-        rates: that it chose from.
-        units: of work in a trial.
-    """
-    rate = best_rate(rows, task, other, rates)
-    return [Trial(task, arm, seed, rate, units=units) for arm in arms for seed in range(seeds) if rate is not None]
-
-
-_CHOOSING_SEED = 1000

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from onelayer.experiments.experiment import Row
 
@@ -49,7 +49,7 @@ def paired(rows: Iterable[Row], task: str, arm: str, other: str, name: str = "sc
     if len(gaps) == 1 or not all(map(math.isfinite, gaps)):
         return Paired(statistics.fmean(gaps), math.nan, math.nan, len(gaps))
     mean = statistics.fmean(gaps)
-    half = float(stats.t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    half = float(stdtrit(len(gaps) - 1, 0.975)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
     return Paired(mean, mean - half, mean + half, len(gaps))
 
 
@@ -64,28 +64,17 @@ def measured(rows: Iterable[Row], task: str | None = None, arm: str | None = Non
     ]
 
 
-def best_rate(rows: Iterable[Row], task: str, arm: str, rates: Sequence[float], name: str = "score") -> float | None:
-    """The rate of learning with the smallest mean number on the seeds that choose; `None` until all of them are there.
+def rank_correlation(values: Sequence[float], others: Sequence[float]) -> float:
+    """Spearman's coefficient: the correlation of ranks, ties in the middle of theirs.
 
-    >>> rows = [{"task": "t", "arm": "a", "stage": "choose", "rate": r, "score": s} for r, s in ((0.1, 2), (0.3, 1))]
-    >>> best_rate(rows, "t", "a", (0.1, 0.3)), best_rate(rows, "t", "a", (0.1, 0.3, 1.0))
-    (0.3, None)
-
-    Args:
-        rows: of the experiment; a row without the number is of a training that diverged, and loses.
-        task, arm: for which a rate is wanted.
-        rates: those tried; one alone needs no rows.
-        name: of the number.
+    >>> round(rank_correlation([1.0, 2.0, 3.0, 4.0], [9.0, 3.0, 3.0, 0.0]), 3)
+    -0.949
     """
-    if len(rates) == 1:
-        return rates[0]
-    found: dict[float, list[float]] = {}
-    for row in rows:
-        if row["stage"] == "choose" and (row["task"], row["arm"]) == (task, arm):
-            found.setdefault(row["rate"], []).append(row.get(name, math.inf))
-    if any(rate not in found for rate in rates):
-        return None
-    return min(rates, key=lambda rate: statistics.fmean(found[rate]))
+    return statistics.correlation(_ranks(values), _ranks(others))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

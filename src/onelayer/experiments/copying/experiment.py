@@ -22,7 +22,8 @@ from onelayer.experiments.copying.setup import (
     updates,
 )
 from onelayer.experiments.experiment import Experiment, Progress, Row, Trial
-from onelayer.experiments.learning import learn, scored_solves, with_chosen_rates
+from onelayer.experiments.learning import learn, scored_solves
+from onelayer.experiments.rates import with_chosen_rates
 from onelayer.models.language_model import LanguageModel
 from onelayer.presets import RunConfig, TrainingConfig
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-from scipy import stats
+from typing import NamedTuple
 
 import equilibria as eq
 from onelayer.experiments.experiment import FAILED, Claim, Drawing, Row, Table
 from onelayer.experiments.plots import curves
-from onelayer.experiments.statistics import measured
+from onelayer.experiments.statistics import measured, rank_correlation
 
 IMPLICITS = {f"Implicit to {rtol:g}": rtol for rtol in (1e-1, 3e-2, 1e-2, 1e-4, 1e-8)}
 APPROXIMATE: dict[str, eq.Adjoint] = {
@@ -88,8 +86,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             own = [point for point in _points(rows, name, tightest) if point.row["task"] == task]
             values = [point.number("parameters", "cosine") for point in own]
             if len(set(values)) > 1:
-                rank: Any = stats.spearmanr([p.row["radius"] for p in own], values)
-                ranks[task, name] = float(rank.statistic)
+                ranks[task, name] = rank_correlation([point.row["radius"] for point in own], values)
     if ranks:
         (task, name), most = max(ranks.items(), key=lambda item: item[1])
         asked = f"Cosines of all approximations fall as the radius rises, on every cell (rank correlation <= {FALLING})"

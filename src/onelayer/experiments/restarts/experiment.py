@@ -10,7 +10,8 @@ from torch import Tensor
 
 from onelayer.experiments.arms import EQUILIBRIUM, twins
 from onelayer.experiments.experiment import FAILED, Claim, Experiment, Findings, Progress, Row, Trial
-from onelayer.experiments.learning import cost_table, learn, score_table, scored_solves, with_chosen_rates, with_rate_of
+from onelayer.experiments.learning import cost_table, learn, score_table, scored_solves
+from onelayer.experiments.rates import with_chosen_rates, with_rate_of
 from onelayer.experiments.restarts.block import CellBlock
 from onelayer.experiments.restarts.findings import (
     depth_table,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import equilibria as eq
 from onelayer.experiments.experiment import Experiment, Progress, Row, Trial
-from onelayer.experiments.learning import learn, scored_solves, with_chosen_rates, with_rate_of
+from onelayer.experiments.learning import learn, scored_solves
+from onelayer.experiments.rates import with_chosen_rates, with_rate_of
 from onelayer.experiments.tracking.block import AttentiveGates
 from onelayer.experiments.tracking.findings import tell
 from onelayer.experiments.tracking.setup import TASKS, Settings, arms_of, deep, long_trained, words_of
