@@ -49,7 +49,7 @@ class QPLayer(nn.Module):
 
     >>> layer = eq.nn.QPLayer(P=torch.eye(2), G=-torch.eye(2), h=torch.zeros(2))  # the nearest point with z >= 0
     >>> q = torch.tensor([[-1.0, 2.0], [3.0, -4.0]], requires_grad=True)
-    >>> layer(q=q)
+    >>> layer(q=q).round(decimals=4) + 0.0
     tensor([[1., 0.],
             [0., 4.]], grad_fn=<...>)
 
