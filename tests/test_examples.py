@@ -17,6 +17,7 @@ PAGE = (ROOT / "docs" / "examples.md").read_text()
 SMALL = {
     "power_flow.py": ["--steps", "9"],
     "ridge_hypergradient.py": ["--steps", "3"],
+    "tanh_layer.py": ["--steps", "30"],
 }
 printed: dict[str, str] = {}
 
@@ -99,3 +100,12 @@ def test_the_load_beyond_the_nose_is_told_as_a_status(run):
     text = run("power_flow.py")
     assert "8 of 9 loads converged" in text
     assert re.search(r"at 2\.4 times the nominal load: (MAX_STEPS|STALLED|BREAKDOWN|NONFINITE)$", text, re.M)
+
+
+def test_the_tanh_layer_is_solved_by_every_solver_and_its_gradient_that_of_finite_differences(run):
+    text = run("tanh_layer.py")
+    residuals = numbers(text, "relative residual")
+    assert len(residuals) == 4
+    assert max(residuals) < 2e-10
+    assert "gradients of the parameters agree with finite differences: True" in text
+    assert numbers(text, "accuracy:")[0] > 0.5  # five times chance in 30 steps
