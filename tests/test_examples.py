@@ -16,6 +16,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGE = (ROOT / "docs" / "examples.md").read_text()
 SMALL = {
     "power_flow.py": ["--steps", "9"],
+    "recurrent_backpropagation.py": ["--steps", "20"],
     "ridge_hypergradient.py": ["--steps", "3"],
     "tanh_layer.py": ["--steps", "30"],
 }
@@ -109,3 +110,11 @@ def test_the_tanh_layer_is_solved_by_every_solver_and_its_gradient_that_of_finit
     assert max(residuals) < 2e-10
     assert "gradients of the parameters agree with finite differences: True" in text
     assert numbers(text, "accuracy:")[0] > 0.5  # five times chance in 30 steps
+
+
+def test_recurrent_backpropagation_is_the_gradient_of_the_exact_solve_and_teaches_recall(run):
+    text = run("recurrent_backpropagation.py")
+    assert numbers(text, "relative error")[0] < 1e-9
+    recalled, _, best = numbers(text, r"(?:flipped|network|letter):")
+    assert 0 <= recalled <= best + 0.05
+    assert best > 0.8
