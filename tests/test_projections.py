@@ -211,7 +211,7 @@ def box_row(project: nn.Module, x: Tensor) -> Tensor | float:
     """What the finite entries of the bad row add, where entries are on their own."""
     if not isinstance(project, BoxProjection):
         return 0.0
-    return 2 * float(project.low) * (x[1] < project.low).sum()
+    return 2 * float(torch.as_tensor(project.low).detach()) * (x[1] < project.low).sum()
 
 
 def test_a_masked_entry_of_a_simplex_is_zero():
@@ -315,13 +315,19 @@ def test_a_set_that_training_has_emptied_gives_nan_and_no_gradient():
     [
         (lambda: SimplexProjection(-1), "radius must be finite and not negative"),
         (lambda: SimplexProjection(torch.tensor(-1.0)), "radius must be finite and not negative"),
-        (lambda: L1BallProjection("1"), "radius must be a number"),
+        (
+            lambda: L1BallProjection("1"),  # pyright: ignore[reportArgumentType]
+            "radius must be a number",
+        ),
         (lambda: L1BallProjection(torch.tensor(1)), "radius must be a floating tensor"),
         (lambda: BoxProjection(1, 0), "low must be at most high"),
         (lambda: BoxProjection(True, 0), "low must be a number"),
         (lambda: AffineProjection(torch.ones(2, 3), torch.tensor([0.0, 1.0])), "no solution"),
         (lambda: AffineProjection(torch.ones(2, 3), torch.ones(3)), "must be of shapes"),
-        (lambda: AffineProjection([[1.0]], torch.ones(1)), "A must be a floating tensor"),
+        (
+            lambda: AffineProjection([[1.0]], torch.ones(1)),  # pyright: ignore[reportArgumentType]
+            "A must be a floating tensor",
+        ),
         (lambda: SimplexProjection()(torch.ones(3, dtype=torch.int64)), "must be a floating tensor"),
         (lambda: SimplexProjection()(torch.ones(3, 0)), "last dimension of at least 1"),
         (lambda: SimplexProjection(torch.ones(2))(torch.ones(3, 2)), "must broadcast"),

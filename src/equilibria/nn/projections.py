@@ -177,9 +177,9 @@ def _simplex(x: Tensor, radius: Tensor) -> Tensor:
     total = near.sort(dim=-1, descending=True).values.cumsum(-1) - radius.detach()
     threshold = (total / torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)).amax(-1, keepdim=True)
     # Once more without, then with gradient: sums of what is above it keep digits that a running sum loses.
-    above = (near > threshold) | (near == 0)
+    above = (near > threshold) | (y == 0)
     threshold = _mean_above(near, above, radius.detach())
-    above = (near > threshold) | (near == 0)
+    above = (near > threshold) | (y == 0)
     z = torch.where(above, y - _mean_above(y, above, radius), 0).clamp(min=0)
     return torch.where(ok, z, math.nan)
 
