@@ -1,9 +1,13 @@
 """Projections: nearest, idempotent, with right gradients, in company."""
 
 import copy
+import io
 import math
 import pickle
+import re
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import scipy.optimize
@@ -168,7 +172,7 @@ def test_at_a_kink_the_jacobian_is_a_projection_between_nothing_and_all(project,
     assert (values >= -1e-12).all()
     assert (values <= 1 + 1e-12).all()
     for parameter in project.parameters():
-        (gradient,) = torch.autograd.grad(project(x).square().sum(), parameter)
+        (gradient,) = torch.autograd.grad(project(x).square().sum(), [parameter])
         assert gradient.isfinite().all()
 
 
@@ -201,7 +205,7 @@ def test_a_sample_that_is_not_finite_stays_alone(make, bad):
     if not (isinstance(project, BoxProjection) and bad == math.inf):  # a box holds what is infinite
         assert z[1].isnan().any()
         loss = z.square().sum()
-        found = torch.autograd.grad(loss, project.parameters(), retain_graph=True) if len(wanted) > 1 else ()
+        found = torch.autograd.grad(loss, list(project.parameters()), retain_graph=True) if len(wanted) > 1 else ()
         for gradient, right in zip(found, wanted[1:], strict=True):
             torch.testing.assert_close(gradient, right + box_row(project, x))
         assert torch.autograd.grad(loss, shift)[0].isfinite().all()
@@ -361,3 +365,14 @@ def test_the_equilibrium_of_projected_descent_has_right_gradients(name):
         return torch.func.functional_call(layer, {"cell.Q": Q}, (x,))
 
     assert gradcheck(solve, (normal(2, 4, seed=1).mul(2).requires_grad_(), cell.Q.detach().clone().requires_grad_()))
+
+
+def test_the_blocks_of_the_page_print_what_it_says():
+    page = (Path(__file__).parents[1] / "docs" / "projections.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", page.partition("## General cones")[0], re.DOTALL)
+    names: dict[str, object] = {}
+    for code, wanted in blocks:
+        with redirect_stdout(io.StringIO()) as printed:
+            exec(code, names)
+        assert printed.getvalue() == wanted
+    assert len(blocks) == 6
