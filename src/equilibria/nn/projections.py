@@ -172,14 +172,13 @@ def _simplex(x: Tensor, radius: Tensor) -> Tensor:
     ok = largest.isfinite() & (radius >= 0) & radius.isfinite()
     radius = torch.where(ok, radius, 0)
     y = torch.where(ok, x - torch.where(ok, largest, 0), 0)
-    # The threshold is at least -radius: what lies below adds only rounding, and may be infinite.
-    near = torch.maximum(y.detach(), -radius.detach())
-    total = near.sort(dim=-1, descending=True).values.cumsum(-1) - radius.detach()
+    # The threshold is the largest of these means. What is far below may be infinite, and comes after all that count.
+    fixed = y.detach()
+    total = fixed.sort(dim=-1, descending=True).values.cumsum(-1) - radius.detach()
     threshold = (total / torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)).amax(-1, keepdim=True)
     # Once more without, then with gradient: sums of what is above it keep digits that a running sum loses.
-    above = (near > threshold) | (y == 0)
-    threshold = _mean_above(near, above, radius.detach())
-    above = (near > threshold) | (y == 0)
+    above = (fixed > threshold) | (fixed == 0)
+    above = (fixed > _mean_above(fixed, above, radius.detach())) | (fixed == 0)
     z = torch.where(above, y - _mean_above(y, above, radius), 0).clamp(min=0)
     return torch.where(ok, z, math.nan)
 
