@@ -1,9 +1,29 @@
 """Implicit layers ready to use, and what cells are made of."""
 
+from equilibria.nn.affine_projection import AffineProjection
 from equilibria.nn.deq import DEQ
 from equilibria.nn.dropout import VariationalDropout
 from equilibria.nn.jacobian import jacobian_penalty
 from equilibria.nn.monitor import Report, monitor
 from equilibria.nn.quadratic import QPLayer, QPReport
+from equilibria.nn.projections import (
+    BoxProjection,
+    L1BallProjection,
+    SecondOrderConeProjection,
+    SimplexProjection,
+)
 
-__all__ = ["DEQ", "QPLayer", "QPReport", "Report", "VariationalDropout", "jacobian_penalty", "monitor"]
+__all__ = [
+    "DEQ",
+    "AffineProjection",
+    "BoxProjection",
+    "L1BallProjection",
+    "QPLayer",
+    "QPReport",
+    "Report",
+    "SecondOrderConeProjection",
+    "SimplexProjection",
+    "VariationalDropout",
+    "jacobian_penalty",
+    "monitor",
+]
