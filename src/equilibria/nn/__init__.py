@@ -5,13 +5,13 @@ from equilibria.nn.deq import DEQ
 from equilibria.nn.dropout import VariationalDropout
 from equilibria.nn.jacobian import jacobian_penalty
 from equilibria.nn.monitor import Report, monitor
-from equilibria.nn.quadratic import QPLayer, QPReport
 from equilibria.nn.projections import (
     BoxProjection,
     L1BallProjection,
     SecondOrderConeProjection,
     SimplexProjection,
 )
+from equilibria.nn.quadratic import QPLayer, QPReport
 
 __all__ = [
     "DEQ",
