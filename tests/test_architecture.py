@@ -41,7 +41,10 @@ ROOMS = [
 ]
 
 # Modules of the library that may import one third-party package more than torch, which an extra then installs.
-OPTIONAL: dict[str, set[str]] = {"equilibria.diagnostics.plots": {"matplotlib"}}
+OPTIONAL: dict[str, set[str]] = {
+    "equilibria.diagnostics.plots": {"matplotlib"},
+    "equilibria.nn.integration": {"torchdiffeq"},
+}
 
 # Modules longer than 300 lines, each with the reason why it is not two.
 LONG: dict[str, str] = {}

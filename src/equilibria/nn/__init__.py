@@ -3,8 +3,10 @@
 from equilibria.nn.affine_projection import AffineProjection
 from equilibria.nn.deq import DEQ
 from equilibria.nn.dropout import VariationalDropout
+from equilibria.nn.flow import ImplicitStep, PseudoTransient, SteadyState
 from equilibria.nn.jacobian import jacobian_penalty
 from equilibria.nn.monitor import Report, monitor
+from equilibria.nn.ode import ODELayer
 from equilibria.nn.projections import (
     BoxProjection,
     L1BallProjection,
@@ -17,12 +19,16 @@ __all__ = [
     "DEQ",
     "AffineProjection",
     "BoxProjection",
+    "ImplicitStep",
     "L1BallProjection",
+    "ODELayer",
+    "PseudoTransient",
     "QPLayer",
     "QPReport",
     "Report",
     "SecondOrderConeProjection",
     "SimplexProjection",
+    "SteadyState",
     "VariationalDropout",
     "jacobian_penalty",
     "monitor",
