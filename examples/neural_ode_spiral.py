@@ -59,9 +59,10 @@ def main() -> None:
         learnt, guess = layer(starts, times=times, trajectory=True).unbind(1)
         u, v = field(times[0], torch.stack((x, y), dim=-1)).unbind(-1)
     error, still = ((z - unseen).square().mean().sqrt() for z in (guess, starts[1]))
+    print(f"loss of the last update {loss.item():.4f}, noise of the data {NOISE}")
     print(f"held-out trajectory: root-mean-square error {error:.3f}; standing still {still:.3f}")
 
-    figure = Figure(figsize=(11, 5), layout="tight")
+    figure = Figure(figsize=(9, 4.2), layout="tight")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     left.scatter(*data.T, s=4, color="tab:gray", label="noisy data")
     left.plot(*learnt.T, color="tab:red", label="learnt, from the same start")
@@ -70,7 +71,8 @@ def main() -> None:
     right.plot(*guess.T, "--", color="tab:red", label="learnt")
     for axis in (left, right):
         axis.legend(loc="upper right", fontsize=8)
-    figure.savefig(options.out, dpi=120)
+        axis.set(xlabel="first coordinate", ylabel="second coordinate")
+    figure.savefig(options.out, dpi=60)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ def grids() -> Tensor:
     """All 288 solved grids, one-hot: (288, 16 cells, 4 digits)."""
     found, corners = [], list(itertools.product((0, 2), repeat=2))
     for grid in itertools.product(itertools.permutations(range(4)), repeat=4):
-        columns = zip(*grid, strict=True)
         boxes = [[grid[a + c][b + d] for c in (0, 1) for d in (0, 1)] for a, b in corners]
-        if all(len(set(unit)) == 4 for unit in (*columns, *boxes)):
+        if all(len(set(unit)) == 4 for unit in (*zip(*grid, strict=True), *boxes)):
             found.append(grid)
     return nn.functional.one_hot(torch.tensor(found).flatten(1), 4).double()
 
