@@ -14,6 +14,9 @@ from scipy import sparse
 from torch import Tensor
 
 import equilibria as eq
+from equilibria.nn.quadratic.inputs import gather
+from equilibria.nn.quadratic.program import equilibrate
+from equilibria.nn.quadratic.search import proven
 from equilibria.status import Status
 
 
@@ -380,3 +383,23 @@ def test_a_search_that_is_cut_short_says_so_and_keeps_its_gradient():
     solution.value.sum().backward()
     assert q.grad is not None
     assert q.grad.any()
+
+
+def test_nothing_is_proven_of_programs_that_have_a_solution():
+    for seed in range(6):
+        problem = draw(seed, 12, 3, 20, rank=None if seed % 2 else 6)
+        program = gather(dict(zip("PqAbGh", problem, strict=True))).program
+        program = program.scaled(equilibrate(program))
+        status, _ = proven(program, torch.randn(program.q.shape, dtype=torch.float64))
+        assert status.tolist() == [Status.MAX_STEPS]
+
+
+def test_a_cost_counts_by_its_symmetric_part():
+    problem = draw(8, 5, 1, 4)
+    skew = torch.randn(5, 5, dtype=torch.float64)
+    P = (problem.P + skew - skew.mT).requires_grad_()
+    layer = eq.nn.QPLayer(on_failure="raise")
+    found = layer(P, *problem[1:])
+    assert torch.allclose(found, layer(*problem), atol=1e-10)
+    (gradient,) = torch.autograd.grad(found.sum(), P)
+    assert torch.allclose(gradient, gradient.mT)
