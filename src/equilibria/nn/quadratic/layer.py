@@ -186,18 +186,20 @@ def _solve(given: Given, rtol: float, max_steps: int, adjoint: Adjoint | None, f
     program, finite = given.program, given.finite
     with torch.no_grad():
         scales = equilibrate(program)
-        scaled = program.scaled(scales)
+    scaled = program.scaled(scales)
+    with torch.no_grad():
         _, info = torch.linalg.cholesky_ex(scaled.P + 1e-9 * torch.eye(scaled.P.shape[1]).to(scaled.P))
-        convex = info == 0
-        sound = finite & convex
-        searched = search(trivial(scaled, sound), rtol, rtol / 100, max_steps)
+    convex = info == 0
+    sound = finite & convex
+    scaled = trivial(scaled, sound)
+    with torch.no_grad():
+        searched = search(scaled, rtol, rtol / 100, max_steps)
         status = torch.where(convex, searched.status, Status.NONCONVEX)
         status = torch.where(finite, status, Status.NONFINITE)
         # Where the cost falls without bound the search is far out, at a point that means nothing.
         nowhere = (status == Status.UNBOUNDED)[:, None]
         x, v = (torch.where(nowhere, 0, part) for part in (searched.found.x, searched.found.v))
         found = searched.found._replace(x=x, v=v)
-    scaled = trivial(program.scaled(scales), sound)
     split = splitting(scaled, found.penalty)
     layout = Layout.of((found.x, found.v), 1)
     z = layout.pack((found.x, found.v))

@@ -27,7 +27,7 @@ class Searched(NamedTuple):
     evaluations: int
 
 
-def search(program: Program, rtol: float, atol: float, max_steps: int, begun: Found | None = None) -> Searched:
+def search(program: Program, rtol: float, atol: float, max_steps: int) -> Searched:
     """Rounds of the splitting, for the samples that are not solved yet, until none is left or `max_steps` are used.
 
     What three rounds leave is looked at for a proof that there is nothing to find.
@@ -36,9 +36,8 @@ def search(program: Program, rtol: float, atol: float, max_steps: int, begun: Fo
         program: scaled.
         rtol, atol: of the conditions of optimality.
         max_steps: evaluations of the operator allowed to a sample.
-        begun: where to start.
     """
-    found = start(program) if begun is None else begun
+    found = start(program)
     status = torch.full_like(found.steps, Status.MAX_STEPS)
     evaluations, left, loose, rounds = 0, max_steps, LOOSE, 0
     while left > 0:
@@ -64,9 +63,10 @@ def search(program: Program, rtol: float, atol: float, max_steps: int, begun: Fo
 def proven(program: Program, x: Tensor) -> tuple[Tensor, int]:
     """`INFEASIBLE` or `UNBOUNDED` for each sample where a certificate is found, `MAX_STEPS` elsewhere.
 
-    A certificate is itself the solution of a quadratic program that always has one, a projection onto a cone: of -d
-    onto {y: C'y = 0, y >= 0 for inequalities}, which is zero where the constraints can be satisfied, and of -q onto
-    {z: P z = 0, A z = 0, G z <= 0}, which is zero where the cost is bounded below.
+    A certificate is the solution of a quadratic program that always has one, a projection onto a cone: of C x - d
+    onto {y: C'y = 0, y >= 0 for inequalities}, and of -q onto {z: P z = 0, A z = 0, G z <= 0}. The first says that no
+    point satisfies the constraints where y'd < 0, to which no x matters: that at which the search was left makes the
+    point small beside what violates the constraints. The second is zero where the cost is bounded below.
 
     Source: Banjac, Goulart, Stellato and Boyd (2019), Infeasibility detection in the alternating direction method of
     multipliers for convex optimization, where the same vectors are the limits of the differences of iterates.
