@@ -10,7 +10,17 @@ from equilibria.nn import DEQ, monitor
 from equilibria.norms import max_norm, rms_norm
 from equilibria.root import root
 from equilibria.solution import AdjointReport, Solution
-from equilibria.solvers import LBFGS, Anderson, Broyden, GradientDescent, Newton, Picard, Solver
+from equilibria.solvers import (
+    LBFGS,
+    Anderson,
+    Broyden,
+    ForwardBackward,
+    GradientDescent,
+    Newton,
+    PeacemanRachford,
+    Picard,
+    Solver,
+)
 from equilibria.status import ConvergenceWarning, SolveError, Status
 
 __version__ = "0.1.0.dev0"
@@ -27,6 +37,7 @@ __all__ = [
     "ConjugateGradient",
     "ConvergenceWarning",
     "Dense",
+    "ForwardBackward",
     "GradientDescent",
     "Implicit",
     "Iterate",
@@ -35,6 +46,7 @@ __all__ = [
     "Neumann",
     "Newton",
     "OneStep",
+    "PeacemanRachford",
     "Phantom",
     "Picard",
     "Solution",

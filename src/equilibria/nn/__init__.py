@@ -6,6 +6,7 @@ from equilibria.nn.dropout import VariationalDropout
 from equilibria.nn.flow import ImplicitStep, PseudoTransient, SteadyState
 from equilibria.nn.jacobian import jacobian_penalty
 from equilibria.nn.monitor import Report, monitor
+from equilibria.nn.monotone import MonotoneConv2d, MonotoneDEQ, MonotoneLinear
 from equilibria.nn.ode import ODELayer
 from equilibria.nn.projections import (
     BoxProjection,
@@ -21,6 +22,9 @@ __all__ = [
     "BoxProjection",
     "ImplicitStep",
     "L1BallProjection",
+    "MonotoneConv2d",
+    "MonotoneDEQ",
+    "MonotoneLinear",
     "ODELayer",
     "PseudoTransient",
     "QPLayer",

@@ -6,6 +6,7 @@ from equilibria.problem.evaluation import ATOL, RTOL, Evaluation, rounding_level
 from equilibria.problem.fixed import FixedPoint
 from equilibria.problem.linearization import Linearization
 from equilibria.problem.root import Gradient, Root
+from equilibria.problem.splitting import Splitting
 
 Problem = Equation | Affine
 
@@ -20,5 +21,6 @@ __all__ = [
     "Linearization",
     "Problem",
     "Root",
+    "Splitting",
     "rounding_level",
 ]

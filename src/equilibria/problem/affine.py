@@ -8,6 +8,7 @@ from torch import Tensor
 from equilibria.norms import residual_size
 from equilibria.problem.evaluation import Evaluation
 from equilibria.problem.linearization import Linearization
+from equilibria.problem.splitting import Splitting
 
 
 class Affine:
@@ -24,6 +25,9 @@ class Affine:
             entries lie many orders of magnitude apart, as the gradients of a deep network do; elsewhere a residual is
             known to the rounding of u alone. With `rtol` 0 it is iterated until then.
     """
+
+    # Its parts, where it comes in some.
+    splitting: Splitting | None = None
 
     def __init__(
         self, product: Callable[[Tensor], Tensor], b: Tensor, rtol: float, level: float, plain: bool = False

@@ -11,6 +11,7 @@ from equilibria.precision import autocast_dtype, autocast_state
 from equilibria.problem.evaluation import Evaluation, rounding_level
 from equilibria.problem.linearization import Linearization
 from equilibria.problem.randomness import CALLS, Watch, culprits, difference
+from equilibria.problem.splitting import Splitting
 from equilibria.status import Agree
 from equilibria.tree import Layout, detached
 
@@ -33,6 +34,8 @@ class Equation:
     name = "f"
     # What a random function lacks, for the error that says so.
     lacks = "fixed point"
+    # Its parts, where it comes in some.
+    splitting: Splitting | None = None
 
     def __init__(
         self,
