@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from equilibria.options import check_callable
+from equilibria.problem.linearization import leaf_at, recording
 
 # Projections onto an interval, whose implicit steps of any length are the activation itself.
 PROJECTIONS = (torch.relu, nn.functional.relu)
@@ -31,8 +32,8 @@ class Activation:
     def slopes(self, a: Tensor) -> Tensor:
         """The derivative at each entry of `a`, itself differentiable in grad mode."""
         graph = torch.is_grad_enabled() and a.requires_grad
-        with torch.enable_grad():
-            at = a if graph else a.detach().requires_grad_()
+        with recording():
+            at = a if graph else leaf_at(a)
             (slopes,) = torch.autograd.grad(self.function(at).sum(), at, create_graph=graph)
         return slopes
 
@@ -63,22 +64,30 @@ class _Preimage(torch.autograd.Function):
 
 
 def _solve(v: Tensor, step: Tensor, activation: Activation) -> Tensor:
-    a = v.clone()
-    excess = step * a + (1 - step) * activation.function(a) - v
-    # The left-hand side has slopes between 1 and step, which brackets the solution.
-    reach = excess / step.clamp(max=1)
-    low, high = torch.minimum(a - reach, a), torch.maximum(a - reach, a)
     eps = torch.finfo(v.dtype).eps
+    a = v.clone()
+    excess, noise = _excess(a, v, step, activation)
+    # The left-hand side has slopes between 1 and step; twice as far as they bracket the solution, so that Newton's step
+    # may end where they say.
+    reach = 2 * excess / step.clamp(max=1)
+    low, high = torch.minimum(a - reach, a), torch.maximum(a - reach, a)
     for _ in range(ITERATIONS):
         low, high = torch.where(excess < 0, a, low), torch.where(excess > 0, a, high)
         newton = a - excess / (step + (1 - step) * activation.slopes(a))
-        proposal = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
+        # A step onto an end of the bracket is one of a cycle between two pieces of a function with kinks.
+        proposal = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
         # Each entry stops by itself, so that none depends on the others.
-        a = torch.where((proposal - a).abs() > 2 * eps * a.abs(), proposal, a)
-        excess = step * a + (1 - step) * activation.function(a) - v
-        if not bool((excess.abs() > 4 * eps * (step * a.abs() + v.abs())).any()):
+        a = torch.where(excess.abs() > 4 * eps * noise, proposal, a)
+        excess, noise = _excess(a, v, step, activation)
+        if not bool((excess.abs() > 4 * eps * noise).any()):
             break
     return a
+
+
+def _excess(a: Tensor, v: Tensor, step: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """How far the left-hand side is above v, and the sum of the sizes of its terms, which rounding is relative to."""
+    linear, bent = step * a, (1 - step) * activation.function(a)
+    return linear + bent - v, linear.abs() + bent.abs() + v.abs()
 
 
 def check_activation(function: Any) -> Activation:

@@ -78,14 +78,15 @@ class Sensitivity:
     def _grams(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """V S^{-1} V' and V S^{-1} U U' S^{-1} V', for the rows of V."""
         pulled = self.input_frame.back(self.solved.mH @ self.frame.to(rows))
-        return rows @ self._solve(rows).mT, pulled @ pulled.mT
+        metric = rows @ self._solve(rows).mT
+        return (metric + metric.mT) / 2, pulled @ pulled.mT
 
     def _solve(self, d: Tensor) -> Tensor:
         return self.frame.back(torch.linalg.solve(self.symmetric, self.frame.to(d)))
 
     def _rows(self, readout: Callable[[Any], Tensor]) -> Tensor:
         with torch.enable_grad():
-            zeros = torch.zeros(1, self._width, dtype=self.operator.U.dtype, device=self.operator.U.device)
+            zeros = torch.zeros(1, self.frame.n, dtype=self.operator.U.dtype, device=self.operator.U.device)
             zeros.requires_grad_()
             logits = readout(self.operator.state(zeros))
             if logits.ndim != 2 or logits.shape[0] != 1:
@@ -97,10 +98,6 @@ class Sensitivity:
 
     def _read(self, readout: Callable[[Any], Tensor], z: Tensor) -> Tensor:
         return readout(self.operator.state(z.to(self.operator.U.dtype))).to(DOUBLE)
-
-    @property
-    def _width(self) -> int:
-        return self.frame.units(self.operator.U).shape[1]
 
 
 def _apart(gram: Tensor) -> Tensor:

@@ -68,12 +68,15 @@ class Coupling:
 def norm_bound(matrices: Tensor) -> Tensor:
     """A scalar no less than the largest spectral norm of `matrices`, (count, n, n), and little above it."""
     tiny = torch.finfo(matrices.dtype).tiny
+    # Squares of what is large or small overflow or vanish.
+    largest = matrices.abs().amax(dim=(1, 2)).clamp(min=tiny)
+    matrices = matrices / largest[:, None, None]
     power = matrices.mH @ matrices
-    logarithm = torch.zeros(len(matrices), dtype=power.real.dtype, device=power.device)
+    logarithm = torch.zeros_like(largest)
     for k in range(SQUARINGS + 1):
         scale = torch.linalg.matrix_norm(power).clamp(min=tiny)
         logarithm = logarithm + scale.log() / 2**k
         if k < SQUARINGS:
             power = power / scale[:, None, None]
             power = power @ power
-    return (logarithm / 2).exp().amax()
+    return (largest * (logarithm / 2).exp()).amax()

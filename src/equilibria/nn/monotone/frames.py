@@ -61,13 +61,23 @@ class Periodic:
     def components(self) -> int:
         return sum(self.channels)
 
+    @property
+    def n(self) -> int:
+        """Entries of a packed state."""
+        return sum(c * h * w for c, h, w in self.tiers)
+
     def maps(self, z: Tensor) -> list[Tensor]:
         """(batch, n) as maps of each tier."""
         parts = z.split([c * h * w for c, h, w in self.tiers], dim=1)
-        return [part.reshape(-1, *tier) for part, tier in zip(parts, self.tiers, strict=True)]
+        return [part.reshape(len(z), *tier) for part, tier in zip(parts, self.tiers, strict=True)]
 
     def to(self, z: Tensor) -> Tensor:
         """From (batch, n) to (frequencies, components, batch), the upper half of them."""
+        if len(z) == 0:
+            # Which no transform takes.
+            height, width = self.coarsest
+            shape = (height * (width // 2 + 1), self.components, 0)
+            return torch.complex(*(z.reshape(-1)[:0].reshape(shape) for _ in range(2)))
         together = [pixel_unshuffle(part, f) for part, f in zip(self.maps(z), self.factors, strict=True)]
         return torch.fft.rfft2(torch.cat(together, dim=1), norm="ortho").flatten(2).permute(2, 1, 0)
 
@@ -75,6 +85,8 @@ class Periodic:
         """The inverse of `to`, which is its transpose, too."""
         height, width = self.coarsest
         batch = z.shape[2]
+        if batch == 0:
+            return torch.cat((z.real, z.imag), dim=1).reshape(-1)[:0].reshape(0, self.n)
         spectrum = z.permute(2, 1, 0).reshape(batch, self.components, height, width // 2 + 1)
         return self._apart(torch.fft.irfft2(spectrum, s=(height, width), norm="ortho"))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint, Implicit
 from equilibria.nn.monitor import record
-from equilibria.nn.monotone.activation import check_activation
+from equilibria.nn.monotone.activation import Activation, check_activation
 from equilibria.nn.monotone.bounds import Sensitivity
 from equilibria.nn.monotone.equation import SPLITTINGS, Parts, SplitImplicit
 from equilibria.nn.monotone.operators import MonotoneConv2d, MonotoneLinear
@@ -33,8 +33,8 @@ class MonotoneDEQ(nn.Module):
     I - W is strongly monotone by construction, and the activation a proximal operator; so splitting methods converge
     to the equilibrium from anywhere, forward and backward, and how far it moves with the input has a bound.
 
-    All is computed in the dtype of the weights, in float32 at least, also under autocast. The weights' part, W by
-    frequencies and its inverse, is computed once a call.
+    All is computed and returned in the dtype of the weights, in float32 at least, also under autocast. The weights'
+    part, W by frequencies and its inverse, is computed once a call.
 
     Args:
         operator: `MonotoneLinear` or `MonotoneConv2d`.
@@ -183,7 +183,7 @@ class MonotoneDEQ(nn.Module):
         finite = x.isfinite().flatten(1).all(dim=1)
         bias = self.operator.inject(torch.where(finite.reshape(-1, *(1,) * (x.ndim - 1)), x, 0))
         bias = torch.where(finite[:, None], bias, torch.nan)
-        return Parts(self.operator.coupling(x.dtype), bias, check_activation(self.activation))
+        return Parts(self.operator.coupling(x.dtype), bias, Activation(self.activation))
 
     def _checked(self, x: Tensor) -> Tensor:
         shape = self.operator.input_shape
