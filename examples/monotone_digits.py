@@ -1,4 +1,4 @@
-"""A monotone equilibrium that classifies digits, with a radius in which nothing changes its answer, and an attack on it.
+"""A monotone equilibrium that classifies digits, with a radius in which nothing changes its answer, and attacks.
 
 Source: Winston and Kolter (2020), Monotone operator equilibrium networks. Needs scikit-learn.
 """

@@ -15,6 +15,7 @@ from equilibria.nn.projections import (
     SimplexProjection,
 )
 from equilibria.nn.quadratic import QPLayer, QPReport
+from equilibria.nn.spectral_norm import spectral_norm
 
 __all__ = [
     "DEQ",
@@ -36,4 +37,5 @@ __all__ = [
     "VariationalDropout",
     "jacobian_penalty",
     "monitor",
+    "spectral_norm",
 ]

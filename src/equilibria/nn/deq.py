@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint, Implicit
 from equilibria.nn.monitor import record
+from equilibria.nn.parametrized import worked_out
 from equilibria.norms import Norm, rms_norm
 from equilibria.options import check_callable, check_integer
 from equilibria.precision import autocast_dtype
@@ -155,6 +156,7 @@ class DEQ(nn.Module):
         )
         z0 = self._start(inputs) if z0 is None else z0
         f, args = self._equation(inputs, keywords)
+        f = worked_out(f, self.cell)
         joint = _couples(parts)
         layout = Layout.of(z0, 0 if joint else self.batch_dims)
         failures = Failures(self.on_failure, told=self._told)
