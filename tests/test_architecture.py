@@ -37,6 +37,7 @@ ROOMS = [
     "nn",
     "universal",
     "diagnostics",
+    "diagnosis",
     "testing",
 ]
 

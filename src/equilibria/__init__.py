@@ -3,6 +3,7 @@
 from equilibria import diagnostics, nn, testing, universal
 from equilibria.adjoints import Adjoint, Implicit, Neumann, OneStep, Phantom, Unrolled
 from equilibria.argmin import argmin
+from equilibria.diagnosis import Cause, Diagnosis, Finding, doctor
 from equilibria.fixed_point import fixed_point
 from equilibria.linear import GMRES, BiCGSTAB, ConjugateGradient, Dense, LinearSolution, LinearSolver
 from equilibria.loop import Iterate
@@ -34,9 +35,12 @@ __all__ = [
     "Anderson",
     "BiCGSTAB",
     "Broyden",
+    "Cause",
     "ConjugateGradient",
     "ConvergenceWarning",
     "Dense",
+    "Diagnosis",
+    "Finding",
     "ForwardBackward",
     "GradientDescent",
     "Implicit",
@@ -57,6 +61,7 @@ __all__ = [
     "__version__",
     "argmin",
     "diagnostics",
+    "doctor",
     "fixed_point",
     "max_norm",
     "monitor",
