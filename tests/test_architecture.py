@@ -43,6 +43,7 @@ ROOMS = [
 
 # Modules of the library that may import one third-party package more than torch, which an extra then installs.
 OPTIONAL: dict[str, set[str]] = {
+    "equilibria.diagnosis.picture": {"matplotlib"},
     "equilibria.diagnostics.plots": {"matplotlib"},
     "equilibria.nn.integration": {"torchdiffeq"},
 }

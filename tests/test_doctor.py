@@ -1,6 +1,7 @@
 """The doctor: it names the cause of each known fault, none of healthy cells, and changes nothing."""
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 
 import equilibria as eq
 from equilibria import Cause
+from equilibria.diagnosis.picture import plot_diagnosis
+from onelayer.cli import main
 
 LAW = settings(derandomize=True, max_examples=30, deadline=None)
 
@@ -238,3 +241,67 @@ def test_states_of_any_structure_and_no_samples():
     assert eq.doctor(Cell(), X[:1]).healthy
     with pytest.raises(TypeError, match="initial_state"):
         eq.doctor(Cell(), torch.arange(3))
+
+
+@pytest.mark.parametrize("name", ["dropout", "runs away", "overshoots", "far from normal", "batch normalisation"])
+def test_the_picture_of_each_kind_of_diagnosis(name, tmp_path):
+    cell, x, _ = BROKEN[name]
+    figure = plot_diagnosis(eq.doctor(cell, x))
+    assert len(figure.axes) >= 4
+    figure.savefig(tmp_path / "one.png")
+    assert (tmp_path / "one.png").stat().st_size > 5000
+
+
+FILE = """
+import torch
+
+def example():
+    return (lambda z, x: {slope} * z + x), torch.ones(3, 2)
+"""
+
+
+def test_the_command_on_a_file(tmp_path, capsys):
+    good, bad, wrong = tmp_path / "good.py", tmp_path / "bad.py", tmp_path / "wrong.py"
+    good.write_text(FILE.format(slope="0.5"))
+    bad.write_text(FILE.format(slope="-2.0"))
+    assert main(["doctor", str(good)]) == 0
+    assert capsys.readouterr().out.startswith("Healthy")
+    picture, report = tmp_path / "one.png", tmp_path / "one.json"
+    assert main(["doctor", str(bad), "--plot", str(picture), "--json", str(report)]) == 1
+    assert "relaxation" in capsys.readouterr().out
+    assert picture.stat().st_size > 5000
+    assert "OSCILLATES" in [found["cause"] for found in json.loads(report.read_text())["findings"]]
+    for text, words in [
+        ("1 / 0", "ZeroDivisionError"),
+        ("example = 3", "TypeError"),
+        ("", "must have a function example"),
+    ]:
+        wrong.write_text(text)
+        assert main(["doctor", str(wrong)]) == 2
+        assert words in capsys.readouterr().err
+    for arguments, words in [
+        (["nowhere.py"], "no file"),
+        ([str(tmp_path / "nowhere")], "not a run folder"),
+        ([str(good), "--plot", "one.txt"], "ending"),
+        ([str(good), "--json", "nowhere/one.json"], "no folder"),
+        ([str(good), "--windows", "1"], "at least 2"),
+    ]:
+        assert main(["doctor", *arguments]) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("depth", ["equilibrium", "tied"])
+def test_the_command_on_a_run(depth, tmp_path, capsys):
+    run, text = tmp_path / "run", tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question. " * 200)
+    arguments = ["train", "--preset", "tiny", "--steps", "2", "--run", str(run), "--data", str(text), "--model", depth]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    code = main(["doctor", str(run)])
+    told = capsys.readouterr()
+    if depth == "equilibrium":
+        assert code in (0, 1)
+        assert "spectral radius" in told.out
+    else:
+        assert code == 2
+        assert "equilibrium models" in told.err

@@ -38,7 +38,7 @@ class Calls:
         self.start = self.layout.pack_start(z0)
         self.problem = FixedPoint(cell, inputs, self.layout, rms_norm, None, None, has_aux=False)
         self.image = self.start
-        self.parameters: list[Tensor] = []
+        self.parameters: dict[str, Tensor] = {}
         # The relative accuracy of its values, where that is coarser than its dtype says.
         self.noise = 0.0
 

@@ -128,10 +128,10 @@ def doctor(
     example = pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, example)
     z0 = start(cell, example) if z0 is None else z0
     z0 = pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, z0)
-    parameters: list[Tensor] = []
+    parameters: dict[str, Tensor] = {}
     if isinstance(cell, nn.Module):
         cell = copy.deepcopy(cell)
-        parameters = list(cell.parameters())
+        parameters = dict(cell.named_parameters())
     devices = [leaf.device for leaf in pytree.tree_leaves(z0) if isinstance(leaf, Tensor) and leaf.is_cuda]
     with torch.random.fork_rng(devices[:1]), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -226,7 +226,7 @@ def _several(paths: PathIndependence, done: Tensor, options: Options, calls: Cal
 
 
 def _gradient(calls: Calls, z0: Any, options: Options) -> GradientQuality | None:
-    tensors = {str(k): leaf for k, leaf in enumerate(calls.parameters) if leaf.requires_grad}
+    tensors = {name: leaf for name, leaf in calls.parameters.items() if leaf.requires_grad}
     if not tensors:
         return None
     return gradient_quality(

@@ -1,4 +1,4 @@
-"""The command line: onelayer tokenize | train | generate | evaluate | prove | compare, a module each."""
+"""The command line: onelayer tokenize | train | generate | evaluate | prove | compare | doctor, a module each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import NoReturn
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from onelayer.cli import compare, evaluate, generate, prove, tokenize, train
+from onelayer.cli import compare, doctor, evaluate, generate, prove, tokenize, train
 from onelayer.errors import UsageError
 
 # Seconds that other processes of a machine wait with what they have to say: torchrun stops all of them when the first,
@@ -68,6 +68,6 @@ def parser() -> argparse.ArgumentParser:
     """
     whole = _Parser(prog="onelayer", description="Language models whose whole depth is the equilibrium of one layer.")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
-    for command in (tokenize, train, generate, evaluate, prove, compare):
+    for command in (tokenize, train, generate, evaluate, prove, compare, doctor):
         command.add(commands)
     return whole
