@@ -16,6 +16,7 @@ from equilibria.nn.projections import (
 )
 from equilibria.nn.quadratic import QPLayer, QPReport
 from equilibria.nn.spectral_norm import spectral_norm
+from equilibria.nn.starts import StartMemory, corrections, restarts
 
 __all__ = [
     "DEQ",
@@ -33,9 +34,12 @@ __all__ = [
     "Report",
     "SecondOrderConeProjection",
     "SimplexProjection",
+    "StartMemory",
     "SteadyState",
     "VariationalDropout",
+    "corrections",
     "jacobian_penalty",
     "monitor",
+    "restarts",
     "spectral_norm",
 ]
