@@ -136,8 +136,10 @@ def test_a_norm_bound_of_nothing_and_of_the_unusual():
     assert norm_bound(torch.full((1, 2, 2), torch.nan)).isnan()
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh(), nn.Softshrink(0.3)])
-@pytest.mark.parametrize("scale", [0.3, 1.0, 5.0, 20.0])
+@pytest.mark.parametrize(
+    ("scale", "activation"),
+    [(0.3, nn.ReLU()), (1.0, nn.Tanh()), (5.0, nn.ReLU()), (3.0, nn.Softshrink(0.3)), (20.0, nn.ReLU())],
+)
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_one_hundred_starts_end_in_one_point(kind, scale, activation):
     exact = {"rtol": 1e-12, "atol": 1e-13, "max_steps": 20_000, "on_failure": "raise"}
@@ -206,11 +208,19 @@ def test_an_implicit_step_has_derivatives_of_all_orders():
     assert torch.autograd.gradgradcheck(wrapped.proximal, (v, step))
 
 
-@pytest.mark.parametrize("activation", [nn.Tanh(), nn.LeakyReLU(0.2)])
-@pytest.mark.parametrize("solver", [*SPLITTINGS, eq.ForwardBackward(0.2), eq.PeacemanRachford(0.5), eq.Anderson()])
+@pytest.mark.parametrize(
+    ("solver", "activation"),
+    [
+        (eq.PeacemanRachford(), nn.Tanh()),
+        (eq.PeacemanRachford(0.5), nn.LeakyReLU(0.2)),
+        (eq.ForwardBackward(), nn.Tanh()),
+        (eq.ForwardBackward(0.2), nn.LeakyReLU(0.2)),
+        (eq.Anderson(), nn.Tanh()),
+    ],
+)
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_gradients_are_those_of_finite_differences(kind, solver, activation):
-    layer, x = made(kind, margin=1.0, solver=solver, activation=activation, rtol=1e-11, max_steps=3000)
+    layer, x = made(kind, margin=1.0, solver=solver, activation=activation, rtol=1e-10, max_steps=3000)
     names, weights = zip(*layer.named_parameters(), strict=True)
     direction = normal(2, flat(layer(x[:2])).shape[1], seed=3)
 
@@ -343,15 +353,15 @@ def attack(layer, readout, x: Tensor, radius: Tensor, steps: int = 100) -> Tenso
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_no_attack_within_the_certified_radius_changes_a_prediction(kind):
     layer, _ = made(kind, margin=0.5, rtol=1e-9, activation=nn.ReLU())
-    x = normal(20, *OPERATORS[kind][1], seed=4)
+    x = normal(10, *OPERATORS[kind][1], seed=4)
     head = nn.Linear(flat(layer(x)).shape[1], 3).double()
     readout = lambda z: head(flat(z))  # noqa: E731
     radius = layer.certified_radius(x, readout)
-    assert radius.shape == (20,)
-    assert (radius > 0).sum() >= 18
-    assert (attack(layer, readout, x, radius, steps=40) >= -1e-7).all()
+    assert radius.shape == (10,)
+    assert (radius > 0).sum() >= 8
+    assert (attack(layer, readout, x, radius, steps=20) >= -1e-7).all()
     # Far enough out one succeeds: the attack is one, and the radius is no more than it should be.
-    assert (attack(layer, readout, x, 8 * radius, steps=40) < 0).any()
+    assert (attack(layer, readout, x, 8 * radius, steps=20) < 0).any()
 
 
 def test_a_certificate_counts_the_error_of_the_solve():
