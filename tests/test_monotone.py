@@ -138,7 +138,7 @@ def test_a_norm_bound_of_nothing_and_of_the_unusual():
 
 @pytest.mark.parametrize(
     ("scale", "activation"),
-    [(0.3, nn.ReLU()), (1.0, nn.Tanh()), (5.0, nn.ReLU()), (3.0, nn.Softshrink(0.3)), (20.0, nn.ReLU())],
+    [(0.3, nn.ReLU()), (1.0, nn.Tanh()), (5.0, nn.ReLU()), (1.5, nn.Softshrink(0.3)), (20.0, nn.ReLU())],
 )
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_one_hundred_starts_end_in_one_point(kind, scale, activation):
@@ -272,7 +272,7 @@ def test_splitting_methods_give_no_second_derivatives_and_say_so():
         torch.autograd.grad(layer(x.requires_grad_()).sum(), x, create_graph=True)
 
 
-@settings(LAW, max_examples=8)
+@settings(LAW, max_examples=5)
 @given(kind=st.sampled_from(sorted(OPERATORS)), seed=st.integers(0, 99), solver=st.sampled_from(SPLITTINGS))
 def test_a_sample_is_the_same_in_any_company(kind, seed, solver):
     layer, x = made(kind, seed, 2.0, solver=solver, activation=nn.Tanh(), on_failure="ignore")
@@ -524,7 +524,7 @@ def test_rounding_that_large_weights_amplify_is_told_as_such():
         assert (solution.steps < 1000).all()
         exact = layer.double().solve(x).value
         layer.float()
-        assert torch.allclose(solution.value.double(), exact, atol=0.05 * float(exact.abs().max()))
+        assert torch.allclose(solution.value.double(), exact, atol=0.05 * exact.abs().max().item())
 
 
 def test_weights_that_are_not_finite_are_told_as_such():
