@@ -76,7 +76,8 @@ def corrections(
     failures = layer._failures()
     with layer._posed(inputs, keywords, z0) as problem:
         solution = solve(problem, z0, layer.solver, layer.adjoint, max_steps, failures, state, recorder)
-        found = [_attached(problem, solution, recorder.kept.get(step), adjoint, failures) for step in after]
+    # What a call moves has been moved, to where the last evaluation of the solve left it.
+    found = [_attached(problem, solution, recorder.kept.get(step), adjoint, failures) for step in after]
     found.append(layer._recorded(solution, z0).value)
     outputs = found if layer.readout is None else [layer.readout(z) for z in found]
     return [(decay ** (len(after) - k), output) for k, output in enumerate(outputs)]

@@ -132,7 +132,10 @@ class StartMemory:
         """Hold what `state_dict` of a memory of as many samples gave."""
         if len(state["stored_at"]) != self.samples:
             raise ValueError(f"The state is of {len(state['stored_at'])} samples; this memory has {self.samples}.")
-        self._states = pytree.tree_map(lambda z: z.clone().to(self.device or z.device), state["states"])
+        states = state["states"]
+        if states is not None:
+            states = pytree.tree_map(lambda z: z.clone().to(self.device or z.device), states)
+        self._states = states
         self._stored_at = state["stored_at"].cpu().clone()
         self._clock = state["clock"]
 
