@@ -2,7 +2,7 @@
 
     python benchmarks/starts.py
 
-Medians over three seeds, lowest and highest in brackets; float32, one thread; about a minute and a half.
+Medians over three seeds, lowest and highest in brackets; float32, one thread; about five minutes.
 """
 
 import statistics
