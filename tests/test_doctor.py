@@ -1,8 +1,12 @@
 """The doctor: it names the cause of each known fault, none of healthy cells, and changes nothing."""
 
 import copy
+import io
 import json
+import re
 import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
@@ -305,3 +309,14 @@ def test_the_command_on_a_run(depth, tmp_path, capsys):
     else:
         assert code == 2
         assert "equilibrium models" in told.err
+
+
+def test_the_blocks_of_the_page_print_what_it_says():
+    page = (Path(__file__).parents[1] / "docs" / "doctor.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL)
+    names: dict[str, object] = {}
+    for code, wanted in blocks:
+        with redirect_stdout(io.StringIO()) as printed:
+            exec(code, names)
+        assert printed.getvalue() == wanted
+    assert len(blocks) == 1

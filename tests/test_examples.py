@@ -16,6 +16,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PAGE = (ROOT / "docs" / "examples.md").read_text()
 SMALL = {
     "denoising.py": ["--steps", "2"],
+    "monotone_digits.py": ["--steps", "8"],
     "neural_ode_spiral.py": ["--steps", "3"],
     "optnet_sudoku.py": ["--steps", "3"],
     "power_flow.py": ["--steps", "9"],

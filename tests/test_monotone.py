@@ -3,7 +3,10 @@
 import copy
 import io
 import math
+import re
 import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
@@ -501,6 +504,19 @@ def test_too_few_steps_are_a_status_and_a_warning():
     assert torch.allclose(solution.residual, residual)
 
 
+def test_rounding_that_large_weights_amplify_is_told_as_such():
+    layer, x = made("dense", scale=30.0, rtol=1e-7, atol=0.0, on_failure="ignore", max_steps=5000)
+    layer = layer.float()
+    for solver in SPLITTINGS[:1]:
+        layer.solver = solver
+        solution = layer.solve(x.float())
+        assert (solution.status == eq.Status.STALLED).all()
+        assert (solution.steps < 1000).all()
+        exact = layer.double().solve(x).value
+        layer.float()
+        assert torch.allclose(solution.value.double(), exact, atol=0.05 * float(exact.abs().max()))
+
+
 def test_weights_that_are_not_finite_are_told_as_such():
     layer, x = made("dense", on_failure="ignore")
     with torch.no_grad():
@@ -512,3 +528,14 @@ def test_weights_that_are_not_finite_are_told_as_such():
             solution = layer.solve(x)
         assert (solution.status == eq.Status.NONFINITE).all()
         assert solution.value.isfinite().all()
+
+
+def test_the_blocks_of_the_page_print_what_it_says():
+    page = (Path(__file__).parents[1] / "docs" / "monotone.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL)
+    names: dict[str, object] = {}
+    for code, wanted in blocks:
+        with redirect_stdout(io.StringIO()) as printed:
+            exec(code, names)
+        assert printed.getvalue() == wanted
+    assert len(blocks) == 1

@@ -3,6 +3,9 @@
 import copy
 import io
 import math
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,3 +277,14 @@ def test_a_cell_bounded_below_one_has_an_equilibrium_that_iteration_finds():
     assert solution.converged.all()
     solution.value.sum().backward()
     assert torch.func.functional_call(layer, dict(layer.named_parameters()), (normal(5, 6, seed=0),)).shape == (5, 6)
+
+
+def test_the_blocks_of_the_page_print_what_it_says():
+    page = (Path(__file__).parents[1] / "docs" / "stabilisers.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL)
+    names: dict[str, object] = {}
+    for code, wanted in blocks:
+        with redirect_stdout(io.StringIO()) as printed:
+            exec(code, names)
+        assert printed.getvalue() == wanted
+    assert len(blocks) == 3

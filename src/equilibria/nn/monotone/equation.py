@@ -13,11 +13,12 @@ from equilibria.linear import LinearSolution
 from equilibria.loop import Outcome, run
 from equilibria.nn.monotone.activation import Activation
 from equilibria.nn.monotone.coupling import Coupling
-from equilibria.norms import residual_size
-from equilibria.problem import Affine, Equation, Evaluation
+from equilibria.norms import Norm, residual_size
+from equilibria.problem import Affine, Equation, Evaluation, FixedPoint
 from equilibria.solution import AdjointReport
 from equilibria.solvers import ForwardBackward, PeacemanRachford, Solver
 from equilibria.status import Agree, Failures
+from equilibria.tree import Layout
 
 # Solvers that take the equation's parts in turns.
 SPLITTINGS = (ForwardBackward, PeacemanRachford)
@@ -44,6 +45,19 @@ class Parts:
 
     def proximal(self, v: Tensor, step: Tensor | float) -> Tensor:
         return self.activation.proximal(v, step)
+
+
+class MonotoneEquation(FixedPoint):
+    """The equation of a layer, which comes in parts, and whose products round as W is large."""
+
+    def __init__(self, parts: Parts, layout: Layout, norm: Norm, rtol: float | None, atol: float | None) -> None:
+        super().__init__(lambda z: layout.unpack(parts.image(layout.pack(z))), (), layout, norm, rtol, atol, False)
+        self.splitting = parts
+
+    def settle_tolerances(self, dtype: torch.dtype) -> None:
+        super().settle_tolerances(dtype)
+        assert self.splitting is not None
+        self.floor = self.level * max(1.0, self.splitting.size)
 
 
 class Gate:

@@ -10,11 +10,10 @@ from equilibria.adjoints import Adjoint, Implicit
 from equilibria.nn.monitor import record
 from equilibria.nn.monotone.activation import Activation, check_activation
 from equilibria.nn.monotone.bounds import Sensitivity
-from equilibria.nn.monotone.equation import SPLITTINGS, Parts, SplitImplicit
+from equilibria.nn.monotone.equation import SPLITTINGS, MonotoneEquation, Parts, SplitImplicit
 from equilibria.nn.monotone.operators import MonotoneConv2d, MonotoneLinear
 from equilibria.norms import Norm, rms_norm
 from equilibria.precision import precise
-from equilibria.problem import FixedPoint
 from equilibria.solution import Solution
 from equilibria.solve import WarmStart, check_options, solve, uncompiled
 from equilibria.solvers import PeacemanRachford, Solver
@@ -112,16 +111,7 @@ class MonotoneDEQ(nn.Module):
             start = layout.unpack(torch.zeros_like(parts.bias)) if z0 is None else z0
             steps = self.max_steps if max_steps is None else max_steps
             check_options(self.solver, adjoint, self.rtol, self.atol, steps, self.norm, 1, self.on_failure)
-            problem = FixedPoint(
-                lambda z: layout.unpack(parts.image(layout.pack(z))),
-                (),
-                layout,
-                self.norm,
-                self.rtol,
-                self.atol,
-                has_aux=False,
-            )
-            problem.splitting = parts
+            problem = MonotoneEquation(parts, layout, self.norm, self.rtol, self.atol)
             failures = Failures(self.on_failure, told=self._told)
             solution = solve(problem, start, self.solver, adjoint, steps, failures, state)
         record(self, solution)
