@@ -287,4 +287,4 @@ def test_the_blocks_of_the_page_print_what_it_says():
         with redirect_stdout(io.StringIO()) as printed:
             exec(code, names)
         assert printed.getvalue() == wanted
-    assert len(blocks) == 2
+    assert len(blocks) == 3

@@ -1,6 +1,7 @@
 """Implicit layers ready to use, and what cells are made of."""
 
 from equilibria.nn.affine_projection import AffineProjection
+from equilibria.nn.corrections import corrections
 from equilibria.nn.deq import DEQ
 from equilibria.nn.dropout import VariationalDropout
 from equilibria.nn.flow import ImplicitStep, PseudoTransient, SteadyState
@@ -15,8 +16,9 @@ from equilibria.nn.projections import (
     SimplexProjection,
 )
 from equilibria.nn.quadratic import QPLayer, QPReport
+from equilibria.nn.restarts import RandomStart, restarts
 from equilibria.nn.spectral_norm import spectral_norm
-from equilibria.nn.starts import StartMemory, corrections, restarts
+from equilibria.nn.start_memory import StartMemory
 
 __all__ = [
     "DEQ",
@@ -31,6 +33,7 @@ __all__ = [
     "PseudoTransient",
     "QPLayer",
     "QPReport",
+    "RandomStart",
     "Report",
     "SecondOrderConeProjection",
     "SimplexProjection",

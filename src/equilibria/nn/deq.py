@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from equilibria.solution import Solution
 from equilibria.solve import WarmStart, check_options, solve, uncompiled
 from equilibria.solvers import Anderson, Solver
 from equilibria.status import Failures, Status
-from equilibria.steady import steady
+from equilibria.steady import hold
 from equilibria.transforms import transformed
 from equilibria.tree import Layout
 
@@ -146,27 +147,44 @@ class DEQ(nn.Module):
         state: WarmStart | None,
         max_steps: int | None,
     ) -> Solution:
-        parts = dict(self.cell.named_modules()) if isinstance(self.cell, nn.Module) else {}
-        _refuse_what_cannot_work(parts)
+        max_steps = self._allowed(max_steps)
+        z0 = self._start(inputs) if z0 is None else z0
+        with self._posed(inputs, keywords, z0) as problem:
+            solution = solve(problem, z0, self.solver, self.adjoint, max_steps, self._failures(), state)
+        return self._recorded(solution, z0)
+
+    def _allowed(self, max_steps: int | None) -> int:
+        """The evaluations allowed to a call that asked for `max_steps`."""
         if max_steps is None:
             max_steps = self.max_steps if self.training or self.eval_max_steps is None else self.eval_max_steps
         # Options of a layer are often changed after it was made.
         check_options(
             self.solver, self.adjoint, self.rtol, self.atol, max_steps, self.norm, self.batch_dims, self.on_failure
         )
-        z0 = self._start(inputs) if z0 is None else z0
+        return max_steps
+
+    @contextmanager
+    def _posed(
+        self, inputs: tuple[Any, ...], keywords: dict[str, Any], z0: Any, moves: bool = True
+    ) -> Iterator[FixedPoint]:
+        """The equation of a call, for the length of a solve; with `moves`, what a call moves is moved at its end."""
+        parts = dict(self.cell.named_modules()) if isinstance(self.cell, nn.Module) else {}
+        _refuse_what_cannot_work(parts)
         f, args = self._equation(inputs, keywords)
-        f = worked_out(f, self.cell)
-        joint = _couples(parts)
-        layout = Layout.of(z0, 0 if joint else self.batch_dims)
-        failures = Failures(self.on_failure, told=self._told)
-        with steady(f, self.cell) as f:
-            problem = FixedPoint(f, args, layout, self.norm, self.rtol, self.atol, has_aux=False)
-            solution = solve(problem, z0, self.solver, self.adjoint, max_steps, failures, state)
-        if joint:
-            shape = Layout.of(z0, self.batch_dims).batch_shape
-            told = {name: getattr(solution, name).expand(shape) for name in ("status", "steps", "residual")}
-            solution = replace(solution, **told)
+        held = hold(worked_out(f, self.cell), self.cell)
+        layout = Layout.of(z0, 0 if _couples(parts) else self.batch_dims)
+        yield FixedPoint(held, args, layout, self.norm, self.rtol, self.atol, has_aux=False)
+        if moves:
+            held.settle()
+
+    def _failures(self) -> Failures:
+        return Failures(self.on_failure, told=self._told)
+
+    def _recorded(self, solution: Solution, z0: Any) -> Solution:
+        """The solution of a call, whose samples share what a joint problem has once, as monitors are told."""
+        shape = Layout.of(z0, self.batch_dims).batch_shape
+        told = {name: getattr(solution, name).expand(shape) for name in ("status", "steps", "residual")}
+        solution = replace(solution, **told)
         record(self, solution)
         return solution
 
@@ -227,6 +245,14 @@ def _refuse_what_cannot_work(parts: dict[str, nn.Module]) -> None:
                 f"{type(module).__name__} '{name}' draws a new mask at every evaluation of the cell, so that there "
                 "is no equilibrium: take eq.nn.VariationalDropout, move it out of the cell, or call eval() on it."
             )
+
+
+def check_layer(what: str, layer: Any) -> None:
+    """Raise unless `layer` is a `DEQ` outside of transforms, which `what` takes."""
+    if not isinstance(layer, DEQ):
+        raise TypeError(f"{what} takes an eq.DEQ, not {type(layer).__name__}.")
+    if transformed():
+        raise ValueError(f"{what} takes ordinary gradients: call it outside of torch.func and forward mode.")
 
 
 def start(cell: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
