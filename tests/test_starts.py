@@ -174,9 +174,9 @@ def test_samples_that_meet_nan_have_finite_outputs_and_spoil_no_gradient():
     layer = eq.DEQ(Late(), solver=eq.Picard(), on_failure="ignore", max_steps=200)
     x = torch.tensor([[0.5], [2.0], [torch.nan]], dtype=DOUBLE, requires_grad=True)
     assert layer.solve(x).status.tolist() == [0, 2, 2]
-    pairs = eq.nn.corrections(layer, x, after=(1, 3, 6, 50))
+    pairs = eq.nn.corrections(layer, x, after=(1, 3, 5, 50))
     alone = x.detach()[:1].requires_grad_()
-    both = zip(pairs, eq.nn.corrections(layer, alone, after=(1, 3, 6, 50)), strict=True)
+    both = zip(pairs, eq.nn.corrections(layer, alone, after=(1, 3, 5, 50)), strict=True)
     for k, ((_, value), (_, only)) in enumerate(both):
         assert value.isfinite().all()
         grads = torch.autograd.grad(value[:1].sum(), (x, layer.cell.a), retain_graph=True)
@@ -186,6 +186,8 @@ def test_samples_that_meet_nan_have_finite_outputs_and_spoil_no_gradient():
         # On its way up the second sample is an iterate like any other; once it has met NaN it has no gradient.
         assert (grads[0][1] != 0) == (k in (0, 1))
         assert grads[0][2] == 0
+        if k >= 2:
+            assert same(value[1:], pairs[-1][1][1:])  # also at the very step at which it does
 
 
 def test_without_gradients_the_outputs_are_the_same_and_have_no_graph():
@@ -434,10 +436,9 @@ def test_only_equilibria_are_kept():
     found = memory.recall(torch.arange(3), layer, *fine)
     assert same(found[0], solution.value[0])
     assert (found[1:] == 0).all()
-    # A sample whose input is NaN has no residual to compare, and its neighbour keeps its start.
-    broken = (torch.where(torch.arange(3)[:, None] == 1, torch.nan, fine[0]), fine[1])
-    assert memory.recall(torch.arange(3), layer, *broken).isfinite().all()
-    assert same(memory.recall(torch.arange(3), layer, *broken)[0], solution.value[0])
+    # A sample whose input is NaN has no residual to compare, so that it starts where the layer does.
+    broken = (torch.where(torch.arange(3)[:, None] == 0, torch.nan, fine[0]), fine[1])
+    assert (memory.recall(torch.arange(3), layer, *broken) == 0).all()
 
 
 def test_of_a_sample_that_is_there_twice_the_last_equilibrium_is_kept():
@@ -656,6 +657,34 @@ def test_a_sample_s_answer_is_the_same_in_any_company_and_any_chunks(seed, order
             close(found.value[row], alone.value[0], rtol=1e-6, atol=1e-7)
     assert together.status[1] == eq.Status.NONFINITE
     assert (together.value[1] == 0).all()
+
+
+def test_an_equilibrium_is_preferred_to_a_lower_residual_that_is_none():
+    class Drift(nn.Module):
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return torch.where(z.abs() < 0.3, 0.5 * z, 1.05 * z) + x
+
+    # Towards zero, met by atol alone, the relative residual is 1; outwards it stays at 0.05.
+    layer = eq.DEQ(Drift(), solver=eq.Picard(), rtol=1e-6, atol=1e-2, max_steps=20, on_failure="ignore")
+    x, z0 = torch.zeros(2, 1, dtype=DOUBLE), torch.tensor([[0.2], [5.0]], dtype=DOUBLE)
+    assert layer.solve(x, z0=z0).status.tolist() == [eq.Status.CONVERGED, eq.Status.MAX_STEPS]
+    for chunk in (None, 1):
+        found = eq.nn.restarts(layer, x, z0=z0, starts=8, scale=2.0, chunk=chunk)
+        assert found.converged[0]
+        assert found.value[0].abs() < 0.02
+        assert found.status[1] == eq.Status.MAX_STEPS
+        assert found.residual[1] < 0.1
+
+
+def test_any_finite_state_is_preferred_to_a_start_that_meets_nan():
+    class Half(nn.Module):
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return 1.05 * z + 0 * torch.sqrt(z - 0.5) + x
+
+    layer = eq.DEQ(Half(), solver=eq.Picard(), max_steps=9, on_failure="ignore")
+    x = torch.zeros(2, 1, dtype=DOUBLE)
+    assert layer.solve(x).status.tolist() == [eq.Status.NONFINITE] * 2
+    assert eq.nn.restarts(layer, x, starts=8, scale=2.0).status.tolist() == [eq.Status.MAX_STEPS] * 2
 
 
 def test_more_starts_solve_more():
