@@ -789,6 +789,10 @@ def test_failures_are_those_of_the_answer_and_options_are_checked():
     layer = eq.DEQ(Hard(), max_steps=3, on_failure="raise")
     with pytest.raises(eq.SolveError):
         eq.nn.restarts(layer, x, starts=4)
+    layer.max_steps = 40
+    with pytest.raises(eq.SolveError):
+        layer(x)
+    assert eq.nn.restarts(layer, x, starts=64, scale=2.0).converged.all()  # starts that fail are no failure
     layer.on_failure = "ignore"
     for wrong, error in (({"starts": 0}, ValueError), ({"scale": 0.0}, ValueError), ({"chunk": 0}, ValueError)):
         with pytest.raises(error, match=next(iter(wrong))):
