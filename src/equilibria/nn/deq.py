@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint, Implicit
 from equilibria.nn.monitor import record
-from equilibria.nn.parametrized import worked_out
+from equilibria.nn.parametrized import WorkedOut
 from equilibria.norms import Norm, rms_norm
 from equilibria.options import check_callable, check_integer
 from equilibria.precision import autocast_dtype
@@ -171,11 +171,13 @@ class DEQ(nn.Module):
         parts = dict(self.cell.named_modules()) if isinstance(self.cell, nn.Module) else {}
         _refuse_what_cannot_work(parts)
         f, args = self._equation(inputs, keywords)
-        held = hold(worked_out(f, self.cell), self.cell)
+        working = WorkedOut(f, self.cell)
+        held = hold(working, self.cell)
         layout = Layout.of(z0, 0 if _couples(parts) else self.batch_dims)
         yield FixedPoint(held, args, layout, self.norm, self.rtol, self.atol, has_aux=False)
         if moves:
             held.settle()
+            working.settle()
 
     def _failures(self) -> Failures:
         return Failures(self.on_failure, told=self._told)
