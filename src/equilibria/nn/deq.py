@@ -148,7 +148,10 @@ class DEQ(nn.Module):
         max_steps: int | None,
     ) -> Solution:
         max_steps = self._allowed(max_steps)
-        z0 = self._start(inputs) if z0 is None else z0
+        if z0 is None:
+            # First of all, since a start may take an evaluation of what cannot work.
+            _refuse_what_cannot_work(self._parts())
+            z0 = self._start(inputs)
         with self._posed(inputs, keywords, z0) as problem:
             solution = solve(problem, z0, self.solver, self.adjoint, max_steps, self._failures(), state)
         return self._recorded(solution, z0)
@@ -168,7 +171,7 @@ class DEQ(nn.Module):
         self, inputs: tuple[Any, ...], keywords: dict[str, Any], z0: Any, moves: bool = True
     ) -> Iterator[FixedPoint]:
         """The equation of a call, for the length of a solve; with `moves`, what a call moves is moved at its end."""
-        parts = dict(self.cell.named_modules()) if isinstance(self.cell, nn.Module) else {}
+        parts = self._parts()
         _refuse_what_cannot_work(parts)
         f, args = self._equation(inputs, keywords)
         working = WorkedOut(f, self.cell)
@@ -178,6 +181,9 @@ class DEQ(nn.Module):
         if moves:
             held.settle()
             working.settle()
+
+    def _parts(self) -> dict[str, nn.Module]:
+        return dict(self.cell.named_modules()) if isinstance(self.cell, nn.Module) else {}
 
     def _failures(self) -> Failures:
         return Failures(self.on_failure, told=self._told)
